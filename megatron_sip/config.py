@@ -1,0 +1,433 @@
+"""One typed tree for a whole run.
+
+In: a YAML file (``--config``), which may name a ``base`` file, and dotted overrides (``optimizer.lr=1e-4``).
+Out: a validated :class:`RunConfig`; ``--help`` and ``--print_config`` are generated from the same tree.
+
+Unknown keys, wrong types and impossible parallel layouts are refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key and the remedy."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: str = Field("run", description="Name of the run in wandb, in logs and on the report page.")
+    dir: Path = Field(Path("runs/run"), description="Everything the run writes goes here: checkpoints, metrics.jsonl, audit.jsonl, report.html.")
+    seed: int = Field(1234, ge=0, description="Seeds weights, the order of pairs, rollouts and the order in which candidates are shown to the judge.")
+
+
+class DataSection(Section):
+    blend: list[tuple[float, Path]] = Field(default_factory=list, description="Datasets as [weight, path prefix without .bin/.idx]; weights are relative numbers of pairs.")
+    tokenizer_model: Path = Field(Path("tokenizer.model"), description="The sentencepiece model that tokenized the datasets (checked by fingerprint).")
+    prefix_length: int = Field(128, ge=1, le=1920, description="Tokens of context of each pair.")
+    suffix_length: int = Field(128, ge=1, description="Tokens to be written after the prefix (N in the paper).")
+    cut: Literal["consecutive", "random"] = Field("consecutive", description="consecutive: as many whole pairs as fit into a document; random: one pair a document at a seeded position.")
+    split: str = Field("98,2", description="Shares of documents for training and validation.")
+    cache_dir: Path | None = Field(None, description="Where shuffle indices are kept (default: RUN/data_cache).")
+
+
+class ModelSection(Section):
+    num_layers: int = Field(24, ge=1, description="Transformer layers.")
+    hidden_size: int = Field(2048, ge=1, description="Width of the residual stream.")
+    ffn_hidden_size: int = Field(5504, ge=1, description="Width of the SwiGLU feed-forward layer.")
+    num_attention_heads: int = Field(16, ge=1, description="Query heads.")
+    num_query_groups: int | None = Field(None, ge=1, description="Key/value heads (default: as many as query heads).")
+    max_position_embeddings: int = Field(2048, ge=2, description="Longest sequence that the exported model claims to support.")
+    rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary embedding.")
+    norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of RMSNorm.")
+    init_method_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    untie_embeddings_and_output_weights: bool = Field(True, description="False shares the embedding with the output layer.")
+    make_vocab_size_divisible_by: int = Field(128, ge=1, description="The vocabulary is padded to a multiple of this times the tensor parallel size.")
+    params_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps fp32 main weights in the optimizer.")
+    init_from: Path | None = Field(None, description="A folder written by tools/export_hf.py --from-hf: weights to start from (continual runs).")
+
+
+class ParallelSection(Section):
+    tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="Ranks that share the stack of layers.")
+    sequence_parallel: bool = Field(False, description="Split activations between tensor parallel layers along the sequence.")
+    use_distributed_optimizer: bool = Field(False, description="Split optimizer state over data parallel ranks.")
+    distributed_timeout_minutes: float = Field(10.0, gt=0, description="Deadline of every collective and of every wait for another rank.")
+
+
+class OptimizerSection(Section):
+    lr: float = Field(5e-4, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(5e-5, ge=0, description="Learning rate at the end of the decay.")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after warm-up.")
+    lr_warmup_iters: int = Field(2000, ge=0, description="Steps of linear warm-up.")
+    lr_decay_iters: int | None = Field(None, ge=1, description="Steps until min_lr (default: train_iters).")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay (not on biases and norms).")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta 2.")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+
+
+class TrainSection(Section):
+    train_iters: int = Field(21000, ge=1, description="Optimizer steps of the whole run.")
+    global_batch_size: int = Field(256, ge=1, description="Pairs a step, over all data parallel ranks.")
+    micro_batch_size: int = Field(4, ge=1, description="Pairs a microbatch (a pair with a rejected candidate is two sequences).")
+    order: Literal["arrival", "fixed"] = Field("arrival", description="arrival: microbatches train in the order in which they are judged; fixed: in the order of the data (bitwise repeatable).")
+    eval_interval: int = Field(500, ge=0, description="Steps between evaluations of the held-out suffix loss; 0 switches it off.")
+    eval_pairs: int = Field(512, ge=1, description="Held-out pairs of one evaluation.")
+    exit_after: int | None = Field(None, ge=1, description="Save and leave with exit code 85 after this step, as if SIGTERM had come.")
+
+
+class PoolSection(Section):
+    original: bool = Field(True, description="The original suffix is a candidate.")
+    rewrite: bool = Field(True, description="A rewrite of the original suffix by the teacher is a candidate.")
+    rollouts: int = Field(1, ge=0, description="Continuations written by the policy for each prefix (K in the paper).")
+    rollouts_start_step: int = Field(0, ge=0, description="Before this step the pool is the original alone: no rollouts, rewrites or questions (the paper has no such schedule).")
+    rollouts_ramp_steps: int = Field(0, ge=0, description="K grows linearly from 1 to `rollouts` over this many steps.")
+    selection: Literal["judge", "rewrite_over_rollout"] = Field("judge", description="rewrite_over_rollout asks no judge: chosen = rewrite, rejected = first rollout.")
+    quorum: float = Field(0.5, gt=0, le=1, description="Share of a candidate's questions that must be answered; below it the pair is dropped.")
+
+
+class RolloutSection(Section):
+    engine: Literal["in_process", "vllm"] = Field("in_process", description="in_process: sampled by the trainer (one process a model replica); vllm: servers with weights pushed after each step.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling threshold.")
+    batch_size: int = Field(256, ge=1, description="Sequences that the in-process sampler decodes together.")
+    urls: list[str] = Field(default_factory=list, description="Running vLLM servers for the policy; empty: the trainer starts `num_servers` local ones.")
+    num_servers: int = Field(1, ge=1, description="Local vLLM servers to start for the policy.")
+    api_key_file: Path | None = Field(None, description="File with the key of the rollout servers (else $SIP_ROLLOUT_API_KEY; local servers get a random one).")
+    sync_dir: Path | None = Field(None, description="Folder seen by trainer and servers through which new weights are handed over (default: RUN/policy_weights).")
+    ready_timeout: float = Field(600.0, gt=0, description="Seconds until a starting server must generate.")
+    request_timeout: float = Field(300.0, gt=0, description="Seconds for one batch of rollouts or one weight sync.")
+    logprob_tolerance: float = Field(0.02, gt=0, description="Largest mean absolute difference per token between the engine's log-probabilities and the policy's; above it the run stops.")
+
+
+class JudgeSection(Section):
+    kind: Literal["quality", "safety", "factuality", "likelihood"] = Field(description="quality: pairwise verdicts; safety, factuality: pointwise verdicts; likelihood: log p(suffix|prefix) - log p(suffix) under the teacher, with a guard against copying.")
+    weight: float = Field(1.0, description="Factor of this score in the sum.")
+    samples: int = Field(1, ge=1, description="Times each question is asked; answers are averaged.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of verdicts.")
+    top_p: float = Field(0.6, gt=0, le=1, description="Nucleus threshold of verdicts.")
+    order: Literal["seeded", "both"] = Field("seeded", description="quality: show each pair once in a seeded order, or in both orders.")
+    max_tokens: int = Field(512, ge=1, description="Longest answer, reasoning included.")
+    reasoning: bool = Field(False, description="Let the judge reason before its constrained verdict.")
+    template: Path | None = Field(None, description="Prompt template that replaces the built-in one.")
+    max_prefix_overlap: float = Field(0.5, gt=0, le=1, description="likelihood: guard; share of the candidate's word 4-grams that stand in the prefix, above which it scores below every unguarded candidate.")
+    max_repetition: float = Field(0.5, gt=0, le=1, description="likelihood: guard; share of repeated word 3-grams inside the candidate, above which it scores below every unguarded candidate.")
+
+
+class RewriterSection(Section):
+    template: Path | None = Field(None, description="Prompt template that replaces the built-in one.")
+    temperature: float = Field(0.6, ge=0, description="Sampling temperature of rewrites.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus threshold of rewrites.")
+    max_tokens: int = Field(256, ge=1, description="Longest rewrite in tokens of the teacher.")
+    cache_dir: Path | None = Field(None, description="Rewrites are kept here by content, prompt and model (default: RUN/rewrite_cache).")
+
+
+class TeacherSection(Section):
+    model: str | None = Field(None, description="Folder (or name) of the post-trained model. Local servers load it; running servers must serve it.")
+    urls: list[str] = Field(default_factory=list, description="Running OpenAI-compatible servers, e.g. http://node7:8000/v1; empty: the trainer starts `num_servers` local vLLM servers.")
+    num_servers: int = Field(1, ge=1, description="Local servers to start.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the first local server; 0 takes free ones.")
+    api_key_file: Path | None = Field(None, description="File with the servers' key (else $SIP_TEACHER_API_KEY; local servers get a random one).")
+    dtype: str = Field("auto", description="dtype of local servers (float32 on CPU: bf16 makes ties).")
+    max_model_len: int = Field(4096, ge=16, description="Longest prompt plus answer of local servers.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one local server.")
+    extra_args: list[str] = Field(default_factory=list, description="More flags for local vLLM servers, as on its command line.")
+    concurrency: int = Field(64, ge=1, description="Questions under way at once, per server.")
+    request_timeout: float = Field(60.0, gt=0, description="Seconds for one attempt at a question.")
+    retries: int = Field(3, ge=0, description="Further attempts before a question counts as no answer.")
+    ready_timeout: float = Field(600.0, gt=0, description="Seconds until a server must answer a real question.")
+    outage_timeout: float = Field(600.0, gt=0, description="Seconds without a single answer from the whole fleet after which the run saves and stops.")
+    judges: list[JudgeSection] = Field(default_factory=list, description="Scores that are added to rank a pool.")
+    rewriter: RewriterSection = Field(default_factory=RewriterSection, description="How rewrites are asked for.")
+
+
+class ObjectiveSection(Section):
+    nll_weight: float = Field(1.0, ge=0, description="Weight of the negative log-likelihood of the chosen candidate (1 with dpo_weight 0 is RF-NLL).")
+    dpo_weight: float = Field(1.0, ge=0, description="Weight of the online DPO loss (1 with nll_weight 0 is online DPO).")
+    nll_on: Literal["suffix", "all"] = Field("suffix", description="suffix: prefix tokens carry no loss; all: prefix and suffix (plain next-token prediction).")
+    beta: float = Field(0.1, gt=0, description="DPO inverse temperature.")
+    reference: Literal["none", "frozen", "synced"] = Field("synced", description="DPO reference: none (its log-probabilities count as 0), the frozen initial policy, or a copy re-synced every `reference_sync_interval` steps.")
+    reference_sync_interval: int = Field(100, ge=1, description="Steps between copies of the policy into a synced reference.")
+
+
+class CheckpointSection(Section):
+    interval: int = Field(500, ge=0, description="Steps between checkpoints; 0 saves only at the end and on a signal.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints that stay.")
+    allow_config_change: bool = Field(False, description="Resume although settings that shape the run differ from the checkpoint's.")
+    allow_layout_change: bool = Field(False, description="Resume with another tensor, pipeline or data parallel size.")
+
+
+class LogSection(Section):
+    interval: int = Field(1, ge=1, description="Steps between lines on the console.")
+    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="online needs WANDB_API_KEY in the environment.")
+    wandb_project: str = Field("megatron_sip", description="wandb project.")
+    audit_pools: int = Field(4, ge=0, description="Pools a step whose texts, scores and choice are written to audit.jsonl by each data parallel rank.")
+
+
+class DebugSection(Section):
+    save_pools: Path | None = Field(None, description="Write every judged preference to this file (JSON lines).")
+    load_pools: Path | None = Field(None, description="Train on preferences from such a file: no rollouts and no teacher.")
+
+
+class RunConfig(Section):
+    """A whole run. Every field is documented by ``python -m megatron_sip.train --help``."""
+
+    run: RunSection = Field(default_factory=RunSection, description="Name, folder and seed.")
+    data: DataSection = Field(default_factory=DataSection, description="What is read.")
+    model: ModelSection = Field(default_factory=ModelSection, description="The policy (Llama shape).")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="Layout over ranks; what is left of the world size is data parallel.")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="AdamW and its schedule.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Batch, steps and evaluation.")
+    pool: PoolSection = Field(default_factory=PoolSection, description="Who is in the pool and how one is chosen.")
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="How the policy writes candidates.")
+    teacher: TeacherSection = Field(default_factory=TeacherSection, description="The post-trained model that rewrites and judges.")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The loss.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving and resuming.")
+    log: LogSection = Field(default_factory=LogSection, description="Console, wandb, audit file.")
+    debug: DebugSection = Field(default_factory=DebugSection, description="Record and replay.")
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of one sequence: prefix plus suffix."""
+        return self.data.prefix_length + self.data.suffix_length
+
+    @property
+    def asks_judge(self) -> bool:
+        """True if some step of this run asks the judge."""
+        more_than_one = self.pool.original + self.pool.rewrite + self.pool.rollouts > 1
+        return more_than_one and self.pool.selection == "judge" and self.debug.load_pools is None
+
+    @property
+    def asks_teacher(self) -> bool:
+        """True if some step of this run needs the teacher, as judge or as rewriter."""
+        return self.asks_judge or (self.pool.rewrite and self.debug.load_pools is None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        problems = []
+        pool, objective, teacher = self.pool, self.objective, self.teacher
+        size = pool.original + pool.rewrite + pool.rollouts
+        if size == 0:
+            problems.append("pool: no candidate at all; set pool.original, pool.rewrite or pool.rollouts")
+        if objective.nll_weight == 0 and objective.dpo_weight == 0:
+            problems.append("objective: nll_weight and dpo_weight are both 0, nothing would be trained; set one of them")
+        if objective.dpo_weight > 0 and size < 2:
+            problems.append(f"objective.dpo_weight={objective.dpo_weight} needs a chosen and a rejected candidate, but the pool has {size}; "
+                            "set pool.rollouts or pool.rewrite, or objective.dpo_weight=0")
+        if pool.rollouts_start_step > 0 and not pool.original:
+            problems.append("pool.rollouts_start_step > 0 trains on the original alone until then; it needs pool.original=true")
+        if pool.rollouts_start_step > 0 and objective.nll_weight == 0:
+            problems.append("pool.rollouts_start_step > 0 leaves only NLL until then; set objective.nll_weight > 0")
+        if pool.selection == "rewrite_over_rollout" and not (pool.rewrite and pool.rollouts):
+            problems.append("pool.selection=rewrite_over_rollout needs pool.rewrite=true and pool.rollouts >= 1")
+        if self.asks_judge and not teacher.judges:
+            problems.append("teacher.judges is empty but the pool has several candidates; name a judge, e.g. teacher.judges=[{kind: quality}], "
+                            "or set pool.selection=rewrite_over_rollout")
+        if self.asks_teacher and not teacher.model:
+            problems.append("teacher.model is not set but the run asks a teacher; give the folder of the post-trained model")
+        if self.seq_length > self.model.max_position_embeddings:
+            problems.append(f"data.prefix_length + data.suffix_length = {self.data.prefix_length} + {self.data.suffix_length} = {self.seq_length} "
+                            f"> model.max_position_embeddings = {self.model.max_position_embeddings}")
+        if self.optimizer.min_lr > self.optimizer.lr:
+            problems.append(f"optimizer.min_lr={self.optimizer.min_lr} > optimizer.lr={self.optimizer.lr}")
+        if self.debug.save_pools and self.debug.load_pools:
+            problems.append("debug.save_pools and debug.load_pools exclude each other; unset one")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def check_layout(config: RunConfig, world_size: int) -> int:
+    """Return the data parallel size of ``config`` on ``world_size`` ranks.
+
+    Raises:
+        ConfigError: for an impossible layout, with the arithmetic in the message.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    problems = []
+
+    def divides(what: str, value: int, by: str, divisor: int, remedy: str) -> bool:
+        if value % divisor == 0:
+            return True
+        problems.append(f"{what} = {value} is not divisible by {by} = {divisor} (remainder {value % divisor}); {remedy}")
+        return False
+
+    if not divides("world size", world_size, "tensor x pipeline parallel size", tp * pp,
+                   f"start a multiple of {tp} x {pp} = {tp * pp} processes or change parallel.*"):
+        raise ConfigError(problems[0])
+    dp = world_size // (tp * pp)
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    divides("model.num_attention_heads", heads, "tensor_model_parallel_size", tp, "change one of them")
+    divides("model.num_query_groups", groups, "tensor_model_parallel_size", tp, "change one of them")
+    divides("model.num_attention_heads", heads, "model.num_query_groups", groups, "change one of them")
+    divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads, "change one of them")
+    divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp, "change one of them")
+    divides("model.num_layers", model.num_layers, "pipeline_model_parallel_size", pp, "change one of them")
+    divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
+            train.micro_batch_size * dp, "change train.global_batch_size or train.micro_batch_size")
+    if parallel.sequence_parallel:
+        if tp == 1:
+            problems.append("parallel.sequence_parallel needs tensor_model_parallel_size > 1")
+        divides("data.prefix_length + data.suffix_length", config.seq_length, "tensor_model_parallel_size", tp,
+                "sequence parallel splits the sequence evenly: change the lengths")
+    if config.pool.rollouts and config.rollout.engine == "in_process" and tp * pp > 1 and config.debug.load_pools is None:
+        problems.append(f"rollout.engine=in_process samples within one process, but tensor x pipeline parallel size = {tp} x {pp} = {tp * pp}; "
+                        "set rollout.engine=vllm")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return dp
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply dotted ``key=value`` overrides (values are parsed as YAML).
+
+    A file may start from another one with ``base: other.yaml`` (relative to itself); its own keys win.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key (with the nearest real one), wrong value.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        key, sep, text = override.lstrip("-").partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+            node = child
+        node[leaf] = value
+    unknown = list(_unknown_keys(tree, RunConfig, ""))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for issue in error.errors():
+            where = ".".join(str(part) for part in issue["loc"])
+            message = issue["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message} (got {issue['input']!r})" if where else message)
+        source = f"{path}: " if path is not None else ""
+        raise ConfigError(source + "\n".join(lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-6 as text; here it is a number, as in every other tool of the field."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: its chain of base files comes back to itself")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1) if path.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} must hold sections, not a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def _unknown_keys(tree: Any, section: type[Section], at: str) -> typing.Iterator[str]:
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            near = difflib.get_close_matches(str(key), _all_keys(section), 1, 0.5)
+            hint = f"did you mean {at}{near[0]}?" if near else f"known here: {', '.join(section.model_fields)}"
+            elsewhere = [k for k in _all_keys(RunConfig) if k.endswith(f".{key}")]
+            if elsewhere:
+                hint = f"did you mean {elsewhere[0]}?"
+            yield f"unknown key {at}{key}; {hint}"
+            continue
+        child = _section_of(field.annotation)
+        if child is not None:
+            for item in value if isinstance(value, list) else [value]:
+                yield from _unknown_keys(item, child, f"{at}{key}.")
+
+
+def _all_keys(section: type[Section], at: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(at + name)
+        child = _section_of(field.annotation)
+        if child is not None:
+            keys += _all_keys(child, f"{at}{name}.")
+    return keys
+
+
+def describe() -> str:
+    """The whole tree as text: key, type, default and meaning of every setting."""
+    lines: list[str] = []
+
+    def walk(section: type[Section], at: str) -> None:
+        for name, field in section.model_fields.items():
+            child = _section_of(field.annotation)
+            if child is not None:
+                lines.append(f"\n{at}{name}: {field.description}")
+                walk(child, f"{at}{name}.")
+                continue
+            kind = str(field.annotation.__name__ if isinstance(field.annotation, type) else field.annotation)
+            kind = kind.replace("typing.", "").replace("pathlib.", "").replace("Literal", "one of ")
+            default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!s}"
+            lines.append(f"  {at}{name}  ({kind}; {default})\n      {field.description}")
+
+    walk(RunConfig, "")
+    return "\n".join(lines).strip()
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML that :func:`load_config` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
