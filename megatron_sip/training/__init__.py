@@ -1,0 +1,1 @@
+"""Composes data, rollouts, teacher, pool and objective into a run. The only part that knows ranks *and* the network."""
