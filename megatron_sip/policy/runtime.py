@@ -1,0 +1,246 @@
+"""Processes, device and parallel groups: the one file that knows CPU/gloo from CUDA/NCCL.
+
+In: a :class:`~megatron_sip.config.RunConfig` and the environment that torchrun sets (a plain ``python`` start is one process).
+Out: a :class:`Runtime`, Megatron-Core's parallel groups, seeded generators, and the layer spec and switches that fit the device.
+
+Megatron-Core names CUDA in places where no GPU is needed. :data:`CPU_PATCHES` lists every patch that lets it run
+on a CPU, each with its reason; none is applied where CUDA is present.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_sip.config import ConfigError, RunConfig, check_layout
+from megatron_sip.policy.layers import CausalAttention, RMSNorm
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the run.
+
+    Attributes:
+        device: where parameters and batches live.
+        rank, world_size: of all processes.
+        dp_rank, dp_size: which model replica this is part of, of how many.
+        tp_rank, pp_rank: place inside the model replica.
+        store: key-value store shared by all ranks, for small messages; waits end after ``timeout``.
+        timeout: deadline of every collective and store wait.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    pp_rank: int
+    is_first_stage: bool
+    is_last_stage: bool
+    store: dist.Store
+    timeout: timedelta
+
+    @property
+    def is_lead(self) -> bool:
+        """True on the one rank of a model replica that talks to the network."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    def rng_state(self) -> dict[str, Any]:
+        """Generator states of Python, NumPy and torch (and of the device and its tracker on a GPU)."""
+        state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+            state["tracker"] = tensor_parallel.get_cuda_rng_tracker().get_states()
+        return state
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of :meth:`rng_state`."""
+        random.setstate(state["python"])
+        numpy.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"])
+            tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def start(config: RunConfig) -> Runtime:
+    """Join the run's processes, check the layout, make Megatron's groups and seed everything.
+
+    Raises:
+        ConfigError: the layout does not fit the world size, or the environment lacks a rank's address.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                                    (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    check_layout(config, world_size)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        _use_cores(world_size)
+        for patch in CPU_PATCHES:
+            patch()
+    store = _join(rank, world_size, timeout, "nccl" if on_gpu else "gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    _seed(config.run.seed, on_gpu)
+    return Runtime(
+        device=device, rank=rank, world_size=world_size,
+        dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(), pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(), is_last_stage=parallel_state.is_pipeline_last_stage(),
+        store=store, timeout=timeout,
+    )
+
+
+def stop() -> None:
+    """Leave the groups; harmless when :func:`start` did not finish."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _use_cores(world_size: int) -> None:
+    """Share this machine's cores among its processes, unless OMP_NUM_THREADS already says how."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if local == world_size:  # one machine: gloo needs no other interface, and none should listen
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _join(rank: int, world_size: int, timeout: timedelta, backend: str) -> dist.Store:
+    if world_size == 1:
+        base: dist.Store = dist.HashStore()
+    else:
+        missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+        if missing:
+            raise ConfigError(f"WORLD_SIZE={world_size} but {' and '.join(missing)} not set; start the processes with torchrun")
+        base, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    dist.init_process_group(backend, store=dist.PrefixStore("process_groups", base), rank=rank, world_size=world_size, timeout=timeout)
+    store = dist.PrefixStore("messages", base)
+    store.set_timeout(timeout)
+    return store
+
+
+def _seed(seed: int, on_gpu: bool) -> None:
+    """Same seed on all tensor and data parallel ranks, another one on each pipeline stage (stages hold different layers)."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    # Megatron forks a per-rank generator around dropout. This model has none, so on a CPU the
+    # tracker is the one whose fork does nothing.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=not on_gpu, force_reset_rng=True)
+
+
+# --------------------------------------------------------------------------- what the model is built from
+
+
+def transformer_engine_available() -> bool:
+    """True where Transformer Engine can be imported and a GPU is there to run it."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def transformer_impl_specs(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Layers of this pipeline stage: Transformer Engine's where it runs, else Megatron's own with our norm and attention core."""
+    if transformer_engine_available():
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def transformer_switches() -> dict[str, Any]:
+    """Fields of TransformerConfig that depend on the device: fused kernels exist for CUDA only."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "use_cpu_initialization": not on_gpu,
+        "transformer_impl": "transformer_engine" if transformer_engine_available() else "local",
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": transformer_engine_available(),
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        # A CUDA stream synchronization after each exchange between pipeline stages; gloo's wait() is enough.
+        "batch_p2p_sync": on_gpu,
+    }
+
+
+# --------------------------------------------------------------------------- patches, applied on a CPU only
+
+
+def patch_current_device() -> None:
+    """Megatron allocates receive buffers on ``torch.cuda.current_device()``, which raises without CUDA: name the CPU."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def patch_factories() -> None:
+    """Schedules, optimizers and gradient clipping create scalars with ``device="cuda"`` written out: send them to the CPU."""
+    for name in ("tensor", "zeros"):
+        factory = getattr(torch, name)
+        if hasattr(factory, "__wrapped__"):
+            continue
+
+        @functools.wraps(factory)
+        def on_cpu(*args: Any, _factory: Any = factory, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return _factory(*args, **kwargs)
+
+        setattr(torch, name, on_cpu)
+
+
+def patch_tensor_cuda() -> None:
+    """A model with tied embeddings moves its output weight with ``Tensor.cuda()`` before it is shared between stages: stay."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def patch_tensor_type() -> None:
+    """Clipping and mixed precision optimizers compare ``Tensor.type()`` with ``torch.cuda.FloatTensor`` and the like.
+
+    The name that they expect is returned; ``Tensor.type(dtype)`` still converts.
+    """
+    original = torch.Tensor.type
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_
+
+
+CPU_PATCHES = (patch_current_device, patch_factories, patch_tensor_cuda, patch_tensor_type)
