@@ -15,6 +15,7 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -88,7 +89,7 @@ class Policy(GPTModel):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Hidden states from the stage before: [S, B, H], or [S, 2B, H] of policy and reference."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if self.reference_active and tensor is not None:
+        if self.reference_active and self.reference is not None and tensor is not None:
             mine, its = tensor.chunk(2, dim=1)
             tensor = mine.contiguous()
             self.reference.set_input_tensor(its.detach().contiguous())
@@ -153,8 +154,6 @@ def build_policy(config: RunConfig, runtime: Runtime, vocab_size: int) -> Policy
 
 
 def _build(config: TransformerConfig, padded: int, vocab_size: int, device: torch.device, shape: dict[str, Any]) -> Policy:
-    from megatron.core import parallel_state
-
     return Policy(
         config, true_vocab_size=vocab_size, vocab_size=padded,
         transformer_layer_spec=runtime_module.transformer_impl_specs(config), position_embedding_type="rope", parallel_output=True,

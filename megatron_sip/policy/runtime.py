@@ -60,23 +60,6 @@ class Runtime:
         """True on the one rank of a model replica that talks to the network."""
         return self.tp_rank == 0 and self.pp_rank == 0
 
-    def rng_state(self) -> dict[str, Any]:
-        """Generator states of Python, NumPy and torch (and of the device and its tracker on a GPU)."""
-        state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state()
-            state["tracker"] = tensor_parallel.get_cuda_rng_tracker().get_states()
-        return state
-
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`rng_state`."""
-        random.setstate(state["python"])
-        numpy.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"])
-            tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-
 
 def start(config: RunConfig) -> Runtime:
     """Join the run's processes, check the layout, make Megatron's groups and seed everything.
@@ -191,8 +174,6 @@ def transformer_switches() -> dict[str, Any]:
         "apply_rope_fusion": transformer_engine_available(),
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        # A CUDA stream synchronization after each exchange between pipeline stages; gloo's wait() is enough.
-        "batch_p2p_sync": on_gpu,
     }
 
 
@@ -202,6 +183,11 @@ def transformer_switches() -> dict[str, Any]:
 def patch_current_device() -> None:
     """Megatron allocates receive buffers on ``torch.cuda.current_device()``, which raises without CUDA: name the CPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def patch_synchronize() -> None:
+    """Saving a checkpoint and exchanging tensors between pipeline stages wait for CUDA's streams; a CPU has none."""
+    torch.cuda.synchronize = lambda device=None: None
 
 
 def patch_factories() -> None:
@@ -243,4 +229,4 @@ def patch_tensor_type() -> None:
     torch.Tensor.type = type_
 
 
-CPU_PATCHES = (patch_current_device, patch_factories, patch_tensor_cuda, patch_tensor_type)
+CPU_PATCHES = (patch_current_device, patch_synchronize, patch_factories, patch_tensor_cuda, patch_tensor_type)
