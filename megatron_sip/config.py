@@ -94,7 +94,7 @@ class PoolSection(Section):
     original: bool = Field(True, description="The original suffix is a candidate.")
     rewrite: bool = Field(True, description="A rewrite of the original suffix by the teacher is a candidate.")
     rollouts: int = Field(1, ge=0, description="Continuations written by the policy for each prefix (K in the paper).")
-    rollouts_start_step: int = Field(0, ge=0, description="Before this step the pool is the original alone: no rollouts, rewrites or questions (the paper has no such schedule).")
+    rollouts_start_step: int = Field(0, ge=0, description="Steps of plain next-token prediction on the originals before pools, rewrites and questions begin (the paper has no such schedule).")
     rollouts_ramp_steps: int = Field(0, ge=0, description="K grows linearly from 1 to `rollouts` over this many steps.")
     selection: Literal["judge", "rewrite_over_rollout"] = Field("judge", description="rewrite_over_rollout asks no judge: chosen = rewrite, rejected = first rollout.")
     quorum: float = Field(0.5, gt=0, le=1, description="Share of a candidate's questions that must be answered; below it the pair is dropped.")
@@ -175,12 +175,12 @@ class LogSection(Section):
     interval: int = Field(1, ge=1, description="Steps between lines on the console.")
     wandb: Literal["offline", "online", "disabled"] = Field("offline", description="online needs WANDB_API_KEY in the environment.")
     wandb_project: str = Field("megatron_sip", description="wandb project.")
-    audit_pools: int = Field(4, ge=0, description="Pools a step whose texts, scores and choice are written to audit.jsonl by each data parallel rank.")
+    audit_pools: int = Field(4, ge=0, description="Pools a step whose texts, scores and choice are written to audit.jsonl (of the first data parallel rank).")
 
 
 class DebugSection(Section):
-    save_pools: Path | None = Field(None, description="Write every judged preference to this file (JSON lines).")
-    load_pools: Path | None = Field(None, description="Train on preferences from such a file: no rollouts and no teacher.")
+    save_pools: Path | None = Field(None, description="Record every outcome here, as JSON lines; each data parallel rank writes FILE.dpR.")
+    load_pools: Path | None = Field(None, description="Train on recorded outcomes: no rollouts and no teacher.")
 
 
 class RunConfig(Section):

@@ -94,7 +94,7 @@ def test_loss_and_gradient_equal_the_slow_reference(nll_weight, dpo_weight, nll_
     expected.backward()
     assert int(count) == expected_count == int(sums["n/loss"])
     # The loss is taken in float32 on about ten terms of size 1 to 10: 1e-5 is a few roundings.
-    assert math.isclose(float(loss), float(expected), rel_tol=1e-5)
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
     torch.testing.assert_close(gradient, policy.grad, rtol=1e-5, atol=1e-6)
 
 

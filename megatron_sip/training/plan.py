@@ -1,0 +1,40 @@
+"""What a step's pools are made of: configuration and step number in, a :class:`StepPlan` out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sip.config import RunConfig
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Composition of the pools of one step.
+
+    Attributes:
+        rollouts: K of this step.
+        judged: the pools go to the judge.
+        paired: the loss needs a rejected candidate beside the chosen one.
+        nll_on: which tokens of the chosen sequence carry NLL: ``suffix`` or ``all``.
+    """
+
+    original: bool
+    rewrite: bool
+    rollouts: int
+    judged: bool
+    paired: bool
+    nll_on: str
+
+
+def plan_step(config: RunConfig, step: int) -> StepPlan:
+    """Plan of the ``step``-th step (1-based). Steps before the rollouts start are plain next-token prediction."""
+    pool = config.pool
+    if step <= pool.rollouts_start_step:
+        return StepPlan(original=True, rewrite=False, rollouts=0, judged=False, paired=False, nll_on="all")
+    rollouts = pool.rollouts
+    if rollouts > 1 and pool.rollouts_ramp_steps:
+        progress = min(1.0, (step - pool.rollouts_start_step) / pool.rollouts_ramp_steps)
+        rollouts = 1 + int((rollouts - 1) * progress)
+    size = pool.original + pool.rewrite + rollouts
+    return StepPlan(pool.original, pool.rewrite, rollouts, judged=size > 1 and pool.selection == "judge",
+                    paired=size > 1 and config.objective.dpo_weight > 0, nll_on=config.objective.nll_on)
