@@ -182,14 +182,14 @@ def make_reference(policy: Policy, config: RunConfig) -> Policy | None:
 
 
 def reference_sharded_state_dict(policy: Policy, prefix: str = "reference.") -> ShardedStateDict:
-    """What dist_checkpointing saves of the reference; load it with ``policy.reference.load_state_dict``.
+    """What dist_checkpointing saves of the reference, under names of its own; load it with ``policy.reference.load_state_dict``.
 
     Raises:
         RuntimeError: there is no reference.
     """
     if policy.reference is None:
         raise RuntimeError("there is no reference model to save or load; call make_reference() first")
-    return policy.reference.sharded_state_dict(prefix=prefix)
+    return {name.removeprefix(prefix): entry for name, entry in policy.reference.sharded_state_dict(prefix=prefix).items()}
 
 
 def wrap_ddp(policy: Policy, config: RunConfig) -> DistributedDataParallel:
