@@ -36,7 +36,13 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    """Life of an engine: ``start``, ``wait_ready``, then ``sync`` and ``generate`` in turns, ``close``."""
+    """Life of an engine: ``start``, ``wait_ready``, then ``sync`` and ``generate`` in turns, ``close``.
+
+    Attributes:
+        concurrent: ``generate`` may run in a thread while the trainer computes (it waits for servers).
+    """
+
+    concurrent: bool
 
     def start(self) -> None:
         """Begin what takes long (servers) without waiting for it."""

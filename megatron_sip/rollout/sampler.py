@@ -39,6 +39,8 @@ class InProcessEngine:
         batch_size: rollouts decoded together.
     """
 
+    concurrent = False
+
     def __init__(self, config: Mapping[str, Any], weights: Callable[[], Mapping[str, Tensor]], *, eod_id: int | None,
                  temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 256) -> None:
         if temperature < 0 or not 0 < top_p <= 1 or batch_size < 1:
