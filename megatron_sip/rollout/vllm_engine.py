@@ -15,36 +15,41 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megatron_sip.rollout.engine import Rollout, RolloutError, check_request
 from megatron_sip.rollout.vllm_client import PolicyServer, ServerLost
-from megatron_sip.servers import LocalServers
 
 INITIAL = -1  # version of the weights that a server started with
 
 _ATTEMPTS = 3
 
 
-def policy_servers(model: Path, count: int, *, max_model_len: int, dtype: str, log_dir: Path, ready_timeout: float = 600.0,
-                   device: Literal["cpu", "cuda"] = "cpu", extra_args: Sequence[str] = ()) -> LocalServers:
-    """Local vLLM servers for the policy (not started): token ids in and out, weights replaceable, every path behind the key.
+def server_flags(*, max_model_len: int, dtype: str, max_num_seqs: int = 512) -> list[str]:
+    """vLLM flags of a policy server: token ids in and out, no tokenizer, nothing taken from the model folder's
+    generation settings, every path behind the key.
 
     Args:
-        model: Hugging Face folder with the weights to start from; needs no tokenizer.
         max_model_len: longest prefix plus rollout.
         dtype: of weights and computation, e.g. ``float32``.
+        max_num_seqs: rollouts written at once.
     """
-    package_parent = str(Path(__file__).resolve().parents[2])  # the server imports the key guard
-    flags = ["--enable-scale-out", "--skip-tokenizer-init", "--generation-config", "vllm", "--max-model-len", str(max_model_len),
-             "--dtype", dtype, "--max-num-seqs", "512", "--middleware", "megatron_sip.rollout.guard.KeyGuard"]
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))}
-    probe = ("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
-    return LocalServers(str(model), count, log_dir=log_dir, name="rollout", extra_args=[*flags, *extra_args], env=environment,
-                        ready_timeout=ready_timeout, device=device, probe=probe)
+    return ["--enable-scale-out", "--skip-tokenizer-init", "--generation-config", "vllm", "--max-model-len", str(max_model_len),
+            "--dtype", dtype, "--max-num-seqs", str(max_num_seqs), "--middleware", "megatron_sip.rollout.guard.KeyGuard"]
+
+
+def server_environment() -> dict[str, str]:
+    """Environment of a policy server: the calls that replace weights, and this package importable for the key guard."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    return {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))}
+
+
+def probe() -> tuple[str, dict[str, Any]]:
+    """Path and body of a request that proves that a policy server generates (``LocalServers(probe=…)``)."""
+    return "/inference/v1/generate", {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
 
 
 class VllmEngine:

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sip.rollout import RolloutError
-from megatron_sip.rollout.vllm_engine import INITIAL, VllmEngine, policy_servers, version_folder
+from megatron_sip.rollout.vllm_engine import INITIAL, VllmEngine, probe, server_environment, server_flags, version_folder
 from megatron_sip.servers import LocalServers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -38,7 +38,9 @@ class Run:
         self.model = make_model(0)
         self.sync_dir = folder / "policy weights"
         self.model.save_pretrained(folder / "initial")
-        self.servers = policy_servers(folder / "initial", 1, max_model_len=POSITIONS, dtype="float32", log_dir=folder, ready_timeout=240)
+        self.servers = LocalServers(
+            str(folder / "initial"), 1, log_dir=folder, name="rollout", ready_timeout=240, env=server_environment(), probe=probe(),
+            extra_args=server_flags(max_model_len=POSITIONS, dtype="float32"))
 
     def engine(self, **settings) -> VllmEngine:
         settings = {"eod_id": EOD, "request_timeout": 60.0, "ready_timeout": 240.0, **settings}
