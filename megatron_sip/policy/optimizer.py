@@ -8,8 +8,6 @@ Without Transformer Engine or Apex, Megatron falls back to torch's AdamW, whose 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
@@ -64,7 +62,11 @@ def optimizer_sharded_state(optimizer: MegatronOptimizer, model_state: ShardedSt
     Args:
         model_state: the very ``policy.sharded_state_dict()`` that is saved or loaded beside it.
     """
-    return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
+    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
+    inner = state.get("optimizer", state).get("state")
+    if inner and not is_loading and any(isinstance(part.optimizer, torch.optim.AdamW) for part in optimizer.chained_optimizers):
+        inner.setdefault("common_step", torch.tensor(0.0))  # Megatron leaves a step of 0 out, and torch cannot load without
+    return state
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: ShardedStateDict) -> None:
@@ -101,16 +103,13 @@ def _keep_step_on_load(part: DistributedOptimizer) -> None:
 
     def set_states(model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
         group, order = part.model_param_group_index_map[model_param]
-        state: dict[str, Any] = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
         original(model_param, {**tensors, "step": state["step"]})
 
     part._set_main_param_and_optimizer_states = set_states
 
 
 def _separate_steps(adam: torch.optim.AdamW) -> None:
-    """Megatron restores one ``step`` tensor shared by all parameters, which AdamW then advances once for each of them.
-
-    A checkpoint from before the first step has none: 0.
-    """
+    """Megatron restores one ``step`` tensor shared by all parameters, which AdamW then advances once for each of them."""
     for state in adam.state.values():
-        state["step"] = state.get("step", torch.tensor(0.0)).clone()
+        state["step"] = state["step"].clone()

@@ -20,7 +20,11 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core import utils as megatron_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -190,20 +194,29 @@ def patch_synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
+class _TorchOnCpu:
+    """``torch`` for a module that writes ``device="cuda"``: its factories make CPU tensors, everything else is torch's own.
+
+    torch itself stays as it is: a wrapped ``torch.zeros`` would escape ``with torch.device(...)``, and transformers would
+    then load models with uninitialised buffers.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(data, **kwargs)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*size, **kwargs)
+
+
 def patch_factories() -> None:
     """Schedules, optimizers and gradient clipping create scalars with ``device="cuda"`` written out: send them to the CPU."""
-    for name in ("tensor", "zeros"):
-        factory = getattr(torch, name)
-        if hasattr(factory, "__wrapped__"):
-            continue
-
-        @functools.wraps(factory)
-        def on_cpu(*args: Any, _factory: Any = factory, **kwargs: Any) -> torch.Tensor:
-            if str(kwargs.get("device", "")).startswith("cuda"):
-                kwargs["device"] = "cpu"
-            return _factory(*args, **kwargs)
-
-        setattr(torch, name, on_cpu)
+    for module in (schedules, megatron_optimizer, clip_grads, megatron_utils):
+        module.torch = _TorchOnCpu()
 
 
 def patch_tensor_cuda() -> None:
