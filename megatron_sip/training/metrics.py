@@ -183,7 +183,7 @@ class MetricsWriter:
     def close(self) -> None:
         self._lines.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def say(text: str) -> None:

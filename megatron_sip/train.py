@@ -1,0 +1,76 @@
+"""Entry point: ``torchrun -m megatron_sip.train --config configs/scratch_1b.yaml [section.key=value ...]``.
+
+In: a configuration. Out: a run folder, and an exit code: 0 done, 85 saved but more to do, 86 saved but a server was
+lost, 2 bad configuration or data, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import sys
+import warnings
+
+from megatron_sip.config import ConfigError, RunConfig, describe, dump_config, load_config
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_sip.train", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Self-improving pretraining: one run, from a configuration file and overrides.",
+        epilog="Settings, to be given in the file or as section.key=value (values are YAML):\n\n" + describe().replace("%", "%%"))
+    parser.add_argument("--config", help="YAML file; see configs/")
+    parser.add_argument("--print_config", action="store_true", help="print the whole configuration after overrides, then leave")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            print(dump_config(config), end="")
+            return 0
+        return _run(config)
+    except ConfigError as error:
+        return _refuse(error)
+
+
+def _run(config: RunConfig) -> int:
+    # Dynamo would compile pieces of Megatron at the first step; on a CPU that costs minutes and gains nothing.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if not os.path.exists("/dev/nvidiactl") else "0")
+    faulthandler.enable()
+    # Said at every import of Megatron without a GPU's libraries; README names them as optional.
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed|full scope is deprecated")
+    from megatron_sip.data import DataError
+    from megatron_sip.data.tokenizer import Tokenizer
+    from megatron_sip.policy import runtime as policy_runtime
+    from megatron_sip.rollout.engine import RolloutError
+    from megatron_sip.servers import ServerError
+    from megatron_sip.teacher import TeacherError
+    from megatron_sip.training.checkpoint import CheckpointError
+    from megatron_sip.training.loop import Trainer
+
+    trainer = None
+    try:
+        tokenizer = Tokenizer(config.data.tokenizer_model)
+        runtime = policy_runtime.start(config)
+        trainer = Trainer(config, runtime, tokenizer)
+        return trainer.run()
+    except (ConfigError, DataError, CheckpointError, ServerError, TeacherError, RolloutError) as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if trainer is not None:
+            trainer.close()
+        policy_runtime.stop()
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
