@@ -82,12 +82,18 @@ class LocalServers:
             ServerError: a port is taken.
         """
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._ports = _take_ports(self._port, self.count, self.name)
+        self._ports = []
+        while len(self._ports) < self.count:
+            port = check_port(HOST, self._port + len(self._ports) if self._port else 0, self.name)
+            if port not in self._ports:
+                self._ports.append(port)
         self._started = time.monotonic()
         atexit.register(_close_if_alive, weakref.ref(self))
         for index, port in enumerate(self._ports):
             self.log(index).unlink(missing_ok=True)
-            self._groups.append(ProcessGroup(self._command(port), self._environment(), self.log(index)))
+            command = vllm_command(self.model, HOST, port, self._device) + self._extra_args
+            environment = {**vllm_environment(self.model, self._device, self.api_key), **self._env}
+            self._groups.append(ProcessGroup(command, environment, self.log(index)))
 
     def wait_ready(self) -> None:
         """Return when every server has answered the probe.
@@ -134,41 +140,42 @@ class LocalServers:
             return str(error) or type(error).__name__
         return None if response.status_code == 200 else f"HTTP {response.status_code}: {response.text[:300]}"
 
-    def _command(self, port: int) -> list[str]:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--host", HOST, "--port", str(port)]
-        if self._device == "cpu":
-            command.append("--enforce-eager")  # compiling costs minutes at every start
-        return command + self._extra_args
 
-    def _environment(self) -> dict[str, str]:
-        inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED and not key.startswith("TORCHELASTIC_")}
-        ours = {"VLLM_API_KEY": self.api_key, "VLLM_NO_USAGE_STATS": "1"}
-        if Path(self.model).is_dir():
-            ours["HF_HUB_OFFLINE"] = "1"
-        if self._device == "cpu":
-            ours["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # vLLM would keep one core free
-            ours["VLLM_CPU_KVCACHE_SPACE"] = inherited.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        return {**inherited, **ours, **self._env}
+def vllm_command(model: str, host: str, port: int, device: str) -> list[str]:
+    """How vLLM's OpenAI-compatible server is started; more flags may follow and win."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port", str(port)]
+    if device == "cpu":
+        command.append("--enforce-eager")  # compiling costs minutes at every start
+    return command
 
 
-def _take_ports(first: int, count: int, name: str) -> list[int]:
-    """``count`` ports: first, first + 1, … or free ones for 0. ServerError where one is in use."""
-    sockets = []
+def vllm_environment(model: str, device: str, api_key: str | None) -> dict[str, str]:
+    """This process's environment without torchrun's part, with what a server needs; ``api_key=None`` asks for none."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in _NOT_INHERITED and not key.startswith("TORCHELASTIC_")}
+    environment["VLLM_NO_USAGE_STATS"] = "1"
+    environment.pop("VLLM_API_KEY", None)
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key
+    if Path(model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    if device == "cpu":
+        environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # vLLM would keep one core free
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    return environment
+
+
+def check_port(host: str, port: int, name: str) -> int:
+    """``port`` (0: a free one). Raises ServerError where it cannot be used."""
     try:
-        for port in [first + i if first else 0 for i in range(count)]:
-            probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            sockets.append(probe)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except (OSError, OverflowError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise ServerError(f"port {port} for a {name} server cannot be used ({reason}); stop what listens there, choose another port, "
-                                  "or 0 for a free one") from None
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ServerError(f"port {port} for a {name} server cannot be used ({reason}); stop what listens there, choose another port, "
+                          "or 0 for a free one") from None
 
 
 def _tail(log: Path) -> str:
