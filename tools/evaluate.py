@@ -14,12 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import ConfigError, DataSection, JudgeSection, PoolSection, RunSection, TeacherSection, load_config  # noqa: E402
+from megatron_sip.pool import Pool, Scores  # noqa: E402
 
 
 def main() -> int:
@@ -91,8 +94,6 @@ def run(arguments: argparse.Namespace, data: DataSection, teacher: TeacherSectio
     from megatron_sip.evaluation.embedding import SentenceEmbedder
     from megatron_sip.evaluation.models import TrainedModel
     from megatron_sip.evaluation.report import format_report, write_json
-    from megatron_sip.teacher.client import Teacher
-    from megatron_sip.teacher.serve import local_teacher
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-")))
@@ -101,26 +102,34 @@ def run(arguments: argparse.Namespace, data: DataSection, teacher: TeacherSectio
             TrainedModel(folder, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, batch_size=arguments.batch_size, device=arguments.device)
             for folder in (arguments.model, arguments.against))
         embedder = None if arguments.no_embedding else SentenceEmbedder(arguments.device)
-        _, held_out = build_pairs(data, seed, 1, arguments.pairs, data.cache_dir or scratch / "data_cache")
-        pairs = [held_out[i] for i in range(min(arguments.pairs, len(held_out)))]
-        judge = None
-        if teacher.model and not arguments.no_judge:
-            urls, key = teacher.urls, None
-            if not urls:
-                servers = local_teacher(teacher, scratch, device=arguments.device.partition(":")[0])
-                stack.callback(servers.close)
-                servers.start()
-                servers.wait_ready()
-                urls, key = servers.urls, servers.api_key
-            client = Teacher(teacher, quorum=quorum, seed=seed, run_dir=scratch, urls=urls, api_key=key)
-            stack.callback(client.close)
-            client.wait_ready()
-            judge = client.judge
+        _, held_out = build_pairs(data, seed, 1, arguments.pairs, tokenizer.fingerprint)
+        pairs = list({pair.id: pair for pair in (held_out[i] for i in range(arguments.pairs))}.values())  # small datasets repeat
+        if len(pairs) < arguments.pairs:
+            print(f"warning: only {len(pairs)} different held-out pairs instead of {arguments.pairs}", file=sys.stderr)
+        judge = start_judge(stack, teacher, seed, quorum, scratch, arguments.device) if teacher.model and not arguments.no_judge else None
         report = evaluate(pairs, tokenizer, model_a, model_b, max_tokens=arguments.max_tokens or data.suffix_length, seed=seed, embedder=embedder,
                           judge=judge, judge_timeout=arguments.judge_timeout)
         if arguments.output:
             write_json(report, arguments.output)
         return format_report(report, arguments.show)
+
+
+def start_judge(stack: ExitStack, teacher: TeacherSection, seed: int, quorum: float, scratch: Path, device: str) -> Callable[[Pool], Future[Scores]]:
+    """A client that judges, on local servers unless there are addresses; both end with ``stack``."""
+    from megatron_sip.teacher.client import Teacher
+    from megatron_sip.teacher.serve import local_teacher
+
+    urls, key = teacher.urls, None
+    if not urls:
+        servers = local_teacher(teacher, scratch, device=device.partition(":")[0])
+        stack.callback(servers.close)
+        servers.start()
+        servers.wait_ready()
+        urls, key = servers.urls, servers.api_key
+    client = Teacher(teacher, quorum=quorum, seed=seed, run_dir=scratch, urls=urls, api_key=key)
+    stack.callback(client.close)
+    client.wait_ready()
+    return client.judge
 
 
 if __name__ == "__main__":

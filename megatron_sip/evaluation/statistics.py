@@ -25,7 +25,7 @@ class Comparison:
         lower_is_better: a win of A is a lower value.
         a, b: one value a prefix; ``None`` = no answer, which leaves the prefix out and counts it.
         win_rate: share of answered prefixes on which A wins, ties counted half; None if nothing was answered.
-        interval: 95% bootstrap interval of ``win_rate`` over prefixes.
+        interval: 95% bootstrap interval of ``win_rate`` over prefixes (which count as independent, also within a document).
         difference: mean of A minus B over answered prefixes.
         difference_interval: its 95% bootstrap interval.
     """
