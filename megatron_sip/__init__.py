@@ -4,4 +4,9 @@ Documents become pairs, pairs become pools of candidates, a judge turns a pool i
 the loss hook turns preferences into weights, and the weights write the next rollouts.
 """
 
+import warnings
+
+# Said at every import of Megatron-Core where a GPU's optional libraries are missing; the README names them as optional.
+warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed|full scope is deprecated")
+
 __version__ = "0.1.0"

@@ -40,7 +40,6 @@ class DataSection(Section):
     suffix_length: int = Field(128, ge=1, description="Tokens to be written after the prefix (N in the paper).")
     cut: Literal["consecutive", "random"] = Field("consecutive", description="consecutive: as many whole pairs as fit into a document; random: one pair a document at a seeded position.")
     split: str = Field("98,2", description="Shares of documents for training and validation.")
-    cache_dir: Path | None = Field(None, description="Where shuffle indices are kept (default: RUN/data_cache).")
 
 
 class ModelSection(Section):

@@ -10,7 +10,6 @@ import argparse
 import faulthandler
 import os
 import sys
-import warnings
 
 from megatron_sip.config import ConfigError, RunConfig, describe, dump_config, load_config
 
@@ -40,8 +39,6 @@ def _run(config: RunConfig) -> int:
     # Dynamo would compile pieces of Megatron at the first step; on a CPU that costs minutes and gains nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if not os.path.exists("/dev/nvidiactl") else "0")
     faulthandler.enable()
-    # Said at every import of Megatron without a GPU's libraries; README names them as optional.
-    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed|full scope is deprecated")
     from megatron_sip.data import DataError
     from megatron_sip.data.tokenizer import Tokenizer
     from megatron_sip.policy import runtime as policy_runtime

@@ -35,7 +35,7 @@ from megatron_sip.policy.runtime import Runtime
 _LATEST = "latest_checkpointed_iteration.txt"
 # Settings that may differ between a checkpoint and the run that resumes it: they change where things are or how fast, not what is trained.
 _FREE = (
-    "run.dir", "run.name", "data.cache_dir", "parallel.", "train.exit_after", "train.eval_interval", "train.eval_pairs", "train.order",
+    "run.dir", "run.name", "parallel.", "train.exit_after", "train.eval_interval", "train.eval_pairs", "train.order",
     "train.micro_batch_size", "model.init_from", "rollout.engine", "rollout.batch_size", "rollout.urls", "rollout.num_servers",
     "rollout.api_key_file", "rollout.sync_dir", "rollout.ready_timeout", "rollout.request_timeout", "rollout.logprob_tolerance",
     "teacher.urls", "teacher.num_servers", "teacher.port", "teacher.api_key_file", "teacher.max_model_len", "teacher.tensor_parallel_size",

@@ -133,11 +133,9 @@ class Trainer:
 
     def _open_data(self) -> None:
         config = self.config
-        if not config.data.blend:
-            raise ConfigError("data.blend is empty; name datasets made by tools/preprocess_data.py, e.g. data.blend=[[1.0, tokens/wikipedia_text_document]]")
         self.train_pairs, self.valid_pairs = build_pairs(
             config.data, config.run.seed, config.train.train_iters * config.train.global_batch_size, self._eval_pairs(),
-            config.data.cache_dir or config.run.dir / "data_cache")
+            self.tokenizer.fingerprint)
         peers = self.runtime.world_size // self.runtime.dp_size - 1
         self.exchange = Exchange(self.runtime.store, self.runtime.dp_rank, peers, self.runtime.is_lead, self.runtime.timeout, f"rank {self.runtime.rank}")
 

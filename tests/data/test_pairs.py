@@ -1,0 +1,142 @@
+"""Pairs are what stands in the documents, each once an epoch, in an order that depends on nothing but the configuration."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_sip.config import DataSection
+from megatron_sip.data import DataError
+from megatron_sip.data.pairs import build_pairs
+from megatron_sip.data.preprocess import Settings, preprocess
+from megatron_sip.data.tokenizer import Tokenizer
+from tests.conftest import standard_library
+
+P, S = 48, 16
+TEXTS = standard_library(60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_model):
+    return Tokenizer(tokenizer_model)
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory, tokenizer_model):
+    folder = tmp_path_factory.mktemp("tokens")
+    for name, texts in (("a", TEXTS[:40]), ("b", TEXTS[40:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t[:6000]}) + "\n" for t in texts))
+        preprocess(Settings((str(folder / f"{name}.jsonl"),), str(folder / name), str(tokenizer_model), append_eod=True), say=lambda line: None)
+    return folder
+
+
+def section(folder, *names, **more):
+    weights = {"a": 0.7, "b": 0.3}
+    return DataSection(blend=[(weights[n], folder / f"{n}_text_document") for n in names or ("a",)],
+                       **{"prefix_length": P, "suffix_length": S, "split": "90,10", **more})
+
+
+def pairs_of(folder, tokenizer, *names, train=500, valid=20, seed=7, **more):
+    return build_pairs(section(folder, *names, **more), seed, train, valid, tokenizer.fingerprint)
+
+
+@pytest.mark.parametrize("cut", ["consecutive", "random"])
+def test_every_pair_is_its_documents_encoding_at_its_offset(datasets, tokenizer, cut):
+    train, valid = pairs_of(datasets, tokenizer, cut=cut)
+    encoded = [tokenizer.encode(t[:6000]) + [tokenizer.eod_id] for t in TEXTS[:40]]
+    for pairs in (train, valid):
+        for pair in (pairs[i] for i in range(len(pairs))):
+            at = pair.id.offset
+            assert list(pair.prefix_ids + pair.suffix_ids) == encoded[pair.id.document][at : at + P + S]
+            assert len(pair.prefix_ids) == P and len(pair.suffix_ids) == S and pair.at_document_start == (at == 0)
+            if cut == "consecutive":
+                assert at % (P + S) == 0
+
+
+def test_each_pair_comes_once_an_epoch_and_epochs_differ(datasets, tokenizer):
+    dataset = IndexedDataset(str(datasets / "a_text_document"))
+    per_document = [int(n) // (P + S) for n in dataset.sequence_lengths[:36]]  # 90% of 40 documents
+    epoch = sum(per_document)
+    train, _ = pairs_of(datasets, tokenizer, train=2 * epoch)
+    first, second = ([train[i].id for i in range(e * epoch, (e + 1) * epoch)] for e in (0, 1))
+    expected = {(d, k * (P + S)) for d, n in enumerate(per_document) for k in range(n)}
+    assert {(p.document, p.offset) for p in first} == expected and len(set(first)) == epoch
+    assert set(first) == set(second) and first != second
+
+
+def test_a_pair_depends_on_its_number_only(datasets, tokenizer):
+    some, _ = pairs_of(datasets, tokenizer, "a", "b", train=100)
+    more, _ = pairs_of(datasets, tokenizer, "a", "b", train=400)
+    assert [some[i] for i in range(100)] == [more[i] for i in range(100)]
+    assert more[57] == some[57]
+    other, _ = pairs_of(datasets, tokenizer, "a", "b", train=100, seed=8)
+    assert [some[i] for i in range(100)] != [other[i] for i in range(100)]
+
+
+def test_splits_share_no_document(datasets, tokenizer):
+    train, valid = pairs_of(datasets, tokenizer, train=800, valid=100)
+    assert not {train[i].id.document for i in range(800)} & {valid[i].id.document for i in range(100)}
+
+
+def test_blend_weights_are_shares_of_pairs(datasets, tokenizer):
+    train, _ = pairs_of(datasets, tokenizer, "a", "b", train=1000)
+    counts = Counter(Path(train[i].id.dataset).name[0] for i in range(1000))
+    assert counts["a"] == pytest.approx(700, abs=2)
+
+
+def test_a_random_cut_is_uniform_and_fixed_by_the_seed(datasets, tokenizer):
+    train, _ = pairs_of(datasets, tokenizer, cut="random", train=36)
+    again, _ = pairs_of(datasets, tokenizer, cut="random", train=36)
+    assert [train[i] for i in range(36)] == [again[i] for i in range(36)]
+    dataset = IndexedDataset(str(datasets / "a_text_document"))
+    lengths = [int(n) for n in dataset.sequence_lengths]
+    places = [p.id.offset / (lengths[p.id.document] - P - S) for p in (train[i] for i in range(36)) if lengths[p.id.document] > P + S]
+    assert 0.3 < np.mean(places) < 0.7 and len({p.id.document for p in (train[i] for i in range(36))}) == 36
+
+
+def copy_of(folder, tmp_path):
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"a_text_document{ending}").write_bytes((folder / f"a_text_document{ending}").read_bytes())
+    return tmp_path
+
+
+def test_bad_datasets_are_named(datasets, tokenizer, tmp_path):
+    with pytest.raises(DataError, match="gone.*a_text_document.idx does not exist"):
+        pairs_of(tmp_path / "gone", tokenizer)
+    with pytest.raises(DataError, match="was made with another tokenizer"):
+        build_pairs(section(datasets), 1, 10, 2, "another")
+    with pytest.raises(DataError, match="no pair of 5000 \\+ 16 = 5016 tokens in the train split"):
+        build_pairs(section(datasets).model_copy(update={"prefix_length": 5000}), 1, 10, 2, tokenizer.fingerprint)
+    with pytest.raises(DataError, match="data.split=100 leaves no documents for validation"):
+        pairs_of(datasets, tokenizer, split="100")
+    with pytest.raises(DataError, match="data.blend is empty"):
+        build_pairs(DataSection(), 1, 10, 2, tokenizer.fingerprint)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_truncated_dataset_is_refused(datasets, tokenizer, tmp_path, ending):
+    folder = copy_of(datasets, tmp_path)
+    file = folder / f"a_text_document{ending}"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match=f"a_text_document\\{ending} has .* bytes, its manifest says"):
+        pairs_of(folder, tokenizer)
+
+
+def test_an_empty_dataset_and_a_missing_manifest(datasets, tokenizer, tmp_path, capsys):
+    folder = copy_of(datasets, tmp_path)
+    manifest = folder / "a_text_document.json"
+    text = manifest.read_text()
+    manifest.write_text(json.dumps({**json.loads(text), "counts": {"documents": 0}}))
+    with pytest.raises(DataError, match="is empty"):
+        pairs_of(folder, tokenizer)
+    manifest.write_text(text[:50])
+    with pytest.raises(DataError, match="is damaged"):
+        pairs_of(folder, tokenizer)
+    manifest.unlink()
+    pairs_of(folder, tokenizer)
+    assert "the manifest) is missing" in capsys.readouterr().err
