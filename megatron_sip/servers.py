@@ -117,7 +117,8 @@ class LocalServers:
         for index, group in enumerate(self._groups):
             code = group.poll()
             if code is not None:
-                raise ServerDied(f"{self._label(index)} ended with exit code {code} after {time.monotonic() - self._started:.0f} s; "
+                no_folder = "" if Path(self.model).is_dir() else f" There is no folder {self.model}, so vLLM took it for a name on the hub."
+                raise ServerDied(f"{self._label(index)} ended with exit code {code} after {time.monotonic() - self._started:.0f} s.{no_folder} "
                                  f"{self.log(index)} ends:\n{_tail(self.log(index))}")
 
     def close(self) -> None:
@@ -145,7 +146,8 @@ def vllm_command(model: str, host: str, port: int, device: str) -> list[str]:
     """How vLLM's OpenAI-compatible server is started; more flags may follow and win."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host, "--port", str(port)]
     if device == "cpu":
-        command.append("--enforce-eager")  # compiling costs minutes at every start
+        # Compiling costs minutes at every start; a chunk of a prompt whose request has a seed kills vLLM 0.32's CPU engine.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     return command
 
 

@@ -1,0 +1,18 @@
+"""The post-trained model, reached over HTTP: rewrites and verdicts. Text in, verdicts out; imports no torch.
+
+    client.Teacher   what a trainer holds: judge(pool), rewrite(pair, ...), metrics(), close()
+    judge            scores of a pool: verdicts of quality, safety, factuality
+    likelihood       scores of a pool: log-probabilities under the teacher, with a guard against copying
+    rewriter         rewrites of suffixes, kept on disk
+    questions        prompt templates -> the exact text of a question; corpus text is fenced in
+    verdict          answer -> verdict, or None
+    fleet            servers: who is free, who rests, deadlines, retries
+    serve            local vLLM servers of the teacher
+    prompts/         the templates
+"""
+
+from __future__ import annotations
+
+
+class TeacherError(RuntimeError):
+    """The teacher cannot be used; the message names server, file or setting and the remedy."""

@@ -1,0 +1,192 @@
+"""Pool -> scores by asked-for verdicts: quality (pairwise), safety and factuality (pointwise).
+
+In: a :class:`Pool` and a fleet. Out: one :class:`Criterion`: a number a candidate, ``None`` where nothing was answered.
+
+- quality: every two candidates are compared, no tie. A comparison is worth the share of its answers that a candidate won, a
+  candidate the mean over its comparisons.
+- safety: yes 1, no 0; sees the candidate alone. factuality: none 1, possible 0.5, definite 0; sees prefix, reference, candidate.
+
+Candidates with the same text are one candidate to the judge and get the same number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from megatron_sip.config import JudgeSection
+from megatron_sip.pool import Criterion, Pool
+from megatron_sip.teacher import verdict
+from megatron_sip.teacher.fleet import Fleet, Replica, Unreadable
+from megatron_sip.teacher.questions import CHOICES, Question, coin, fill, load_template, make_fence
+
+VALUES = {"safety": {"yes": 1.0, "no": 0.0}, "factuality": {"none": 1.0, "possible": 0.5, "definite": 0.0}}
+
+# How a server is asked to keep to the verdicts: vLLM's structured outputs, OpenAI's response_format, or by words alone.
+DIALECTS = ("choice", "json_schema", "plain")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of one pair: wins of ``first`` (1) or ``second`` (0) or ``None``, by the order in which they were shown."""
+
+    first: int
+    second: int
+    shown: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def answers(self) -> list[float]:
+        return [answer for order in self.shown for answer in order if answer is not None]
+
+
+class VerdictJudge:
+    """One judge of a run.
+
+    Raises:
+        TeacherError: its template cannot be used.
+    """
+
+    def __init__(self, section: JudgeSection, name: str, model: str, fleet: Fleet, seed: int) -> None:
+        self._section, self._name, self._model, self._fleet, self._seed = section, name, model, fleet, seed
+        self._template = load_template(section.kind, section.template)
+
+    async def score(self, pool: Pool) -> tuple[Criterion, dict[str, Any]]:
+        """The criterion and what the audit file says about it."""
+        texts = list(dict.fromkeys(candidate.text for candidate in pool.candidates))
+        fence = make_fence([pool.prefix_text, pool.original_text, *texts])
+        if self._section.kind == "quality":
+            return await self._compare_all(pool, texts, fence)
+        return await self._judge_each(pool, texts, fence)
+
+    # -- pointwise ------------------------------------------------------------------------------------------------
+
+    async def _judge_each(self, pool: Pool, texts: list[str], fence: str) -> tuple[Criterion, dict[str, Any]]:
+        shared = {"prefix": pool.prefix_text, "reference": pool.original_text} if self._section.kind == "factuality" else {}
+        prompts = [fill(self._template, fence, candidate=text, **shared) for text in texts]
+        answers = await asyncio.gather(*(self._ask_samples(pool, prompt) for prompt in prompts))
+        values = [[VALUES[self._section.kind][answer] for answer in some if answer is not None] for some in answers]
+        criterion = self._criterion(pool, texts, [fmean(some) if some else None for some in values],
+                                    [len(some) / self._section.samples for some in values])
+        return criterion, {"verdicts": _spread(pool, texts, answers)}
+
+    # -- pairwise -------------------------------------------------------------------------------------------------
+
+    async def _compare_all(self, pool: Pool, texts: list[str], fence: str) -> tuple[Criterion, dict[str, Any]]:
+        comparisons = await asyncio.gather(*(self._compare(pool, texts, i, j, fence) for i, j in combinations(range(len(texts)), 2)))
+        shares: list[list[float]] = [[] for _ in texts]
+        asked, answered = [0] * len(texts), [0] * len(texts)
+        for comparison in comparisons:
+            answers = comparison.answers
+            for index in (comparison.first, comparison.second):
+                asked[index] += sum(map(len, comparison.shown))
+                answered[index] += len(answers)
+            if answers:
+                shares[comparison.first].append(fmean(answers))
+                shares[comparison.second].append(1.0 - fmean(answers))
+        # One text alone has nothing to be compared with: no question, and the same number for every candidate.
+        values = [fmean(some) if some else None for some in shares] if len(texts) > 1 else [0.5]
+        trials, flips = order_flips(comparisons)
+        if trials:
+            self._fleet.note("judge", "flip_trials", trials)
+            self._fleet.note("judge", "flips", flips)
+        criterion = self._criterion(pool, texts, values, [n / m if m else 1.0 for n, m in zip(answered, asked)], flips, trials)
+        return criterion, {"comparisons": [_comparison_json(pool, texts, comparison) for comparison in comparisons]}
+
+    async def _compare(self, pool: Pool, texts: list[str], i: int, j: int, fence: str) -> Comparison:
+        swapped = coin(self._seed, self._name, pool.pair, texts[i], texts[j])
+        orders = [(i, j), (j, i)] if self._section.order == "both" else [(j, i) if swapped else (i, j)]
+        prompts = [fill(self._template, fence, prefix=pool.prefix_text, candidate_a=texts[a], candidate_b=texts[b]) for a, b in orders]
+        answers = await asyncio.gather(*(self._ask_samples(pool, prompt) for prompt in prompts))
+        wins = [tuple(None if answer is None else float((answer == "A") == (a == i)) for answer in some)
+                for (a, _), some in zip(orders, answers)]
+        return Comparison(i, j, tuple(wins))
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    async def _ask_samples(self, pool: Pool, prompt: str) -> tuple[str | None, ...]:
+        """Ask ``samples`` times. One request each, so that one unreadable answer costs one answer."""
+        question = Question(prompt, CHOICES[self._section.kind])
+        return tuple(await asyncio.gather(*(ask_verdict(self._fleet, self._model, self._section, question)
+                                            for _ in range(self._section.samples))))
+
+    def _criterion(self, pool: Pool, texts: list[str], values: Sequence[float | None], answered: Sequence[float],
+                   flips: int = 0, trials: int = 0) -> Criterion:
+        return Criterion(self._name, self._section.weight, _spread(pool, texts, values), _spread(pool, texts, answered), flips, trials)
+
+
+async def ask_verdict(fleet: Fleet, model: str, section: JudgeSection, question: Question) -> str | None:
+    """One answer to one question: a verdict of ``question.choices`` or ``None``."""
+
+    def read(data: Any, replica: Replica) -> str:
+        return read_verdict(data, replica.dialect, question.choices, section.reasoning)
+
+    return await fleet.ask("judge", "/chat/completions", lambda replica: verdict_request(model, section, question, replica.dialect), read)
+
+
+def verdict_request(model: str, section: JudgeSection, question: Question, dialect: str) -> dict[str, Any]:
+    """Body of a chat completion that asks ``question`` in a server's dialect.
+
+    No seed is sent: sampled verdicts depend on what else a server computes in the same batch, so a seed would promise too much.
+    """
+    verdicts = " or ".join(question.choices)
+    prompt, more = question.prompt, {}
+    if section.reasoning:
+        prompt += "\n\nFirst give your reasons in a few sentences, then the verdict"
+        prompt += (f". Your last line must be\nVerdict: {verdicts}" if dialect == "plain"
+                   else f', as a JSON object with the keys "reasoning" and "verdict" ({verdicts}).')
+    elif dialect == "plain":
+        prompt += f"\n\nAnswer with one word: {verdicts}."
+    elif dialect == "json_schema":
+        prompt += f'\n\nAnswer with a JSON object with the key "verdict" ({verdicts}).'
+    shape = verdict.schema(question.choices, section.reasoning)
+    if dialect == "choice":
+        more["structured_outputs"] = {"json": shape} if section.reasoning else {"choice": list(question.choices)}
+    elif dialect == "json_schema":
+        more["response_format"] = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": shape}}
+    return {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": section.temperature, "top_p": section.top_p,
+            "max_tokens": section.max_tokens, **more}
+
+
+def read_verdict(data: Any, dialect: str, choices: Sequence[str], reasoning: bool) -> str:
+    """The verdict in the decoded answer of a chat completion; Unreadable if there is none."""
+    try:
+        answer = data["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise Unreadable("not a chat completion") from None
+    if dialect == "plain":
+        found = verdict.parse_plain(answer, choices)
+    elif dialect == "json_schema" or reasoning:
+        found = verdict.parse_json(answer, choices)
+    else:
+        found = verdict.parse_choice(answer, choices)
+    if found is None:
+        raise Unreadable("no verdict")
+    return found
+
+
+def order_flips(comparisons: Sequence[Comparison]) -> tuple[int, int]:
+    """Pairs answered in both orders, and how many of them changed their winner with the order (an even split is no winner)."""
+    trials = flips = 0
+    for comparison in comparisons:
+        means = [fmean(some) for order in comparison.shown if (some := [a for a in order if a is not None])]
+        if len(means) == 2:
+            trials += 1
+            flips += (means[0] - 0.5) * (means[1] - 0.5) < 0
+    return trials, flips
+
+
+def _spread(pool: Pool, texts: list[str], per_text: Sequence[Any]) -> tuple[Any, ...]:
+    """From distinct texts back to candidates."""
+    by_text = dict(zip(texts, per_text))
+    return tuple(by_text[candidate.text] for candidate in pool.candidates)
+
+
+def _comparison_json(pool: Pool, texts: list[str], comparison: Comparison) -> dict[str, Any]:
+    labels = {}
+    for candidate in pool.candidates:
+        labels.setdefault(candidate.text, candidate.label)
+    return {"first": labels[texts[comparison.first]], "second": labels[texts[comparison.second]], "wins_of_first": comparison.shown}
