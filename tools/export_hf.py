@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import ConfigError, ParallelSection, RunConfig, load_config  # noqa: E402
+from megatron_sip.policy.hf_tokenizer import special_ids  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,6 +59,14 @@ def export(checkpoint: Path, output: Path, tokenizer_model: Path | None, dtype: 
     Raises:
         ConfigError: no such folder, not a checkpoint, damaged, or another tokenizer than the run's.
     """
+    config, meta = _read_checkpoint(checkpoint)
+    vocab_size = meta["vocab_size"]
+    tokenizer = tokenizer_model or config.data.tokenizer_model
+    if not tokenizer.is_file():
+        raise ConfigError(f"tokenizer {tokenizer} does not exist; give the run's sentencepiece model with --tokenizer-model")
+    special_ids(tokenizer, vocab_size)
+
+    # Imported late: Megatron takes seconds, bad arguments should not.
     from megatron.core import dist_checkpointing
 
     from megatron_sip.policy import runtime
@@ -64,23 +74,23 @@ def export(checkpoint: Path, output: Path, tokenizer_model: Path | None, dtype: 
     from megatron_sip.policy.model import build_policy
     from megatron_sip.policy.weights import hf_views
 
-    config, meta = _read_checkpoint(checkpoint)
-    vocab_size = meta["vocab_size"]
-    tokenizer = tokenizer_model or config.data.tokenizer_model
-    if not tokenizer.is_file():
-        raise ConfigError(f"tokenizer {tokenizer} does not exist; give the run's sentencepiece model with --tokenizer-model")
     own = runtime.start(config)
     try:
         policy = build_policy(config, own, vocab_size)
         try:
             state = dist_checkpointing.load({"model": policy.sharded_state_dict()}, str(checkpoint))
-        except Exception as error:  # whatever torch raises for a damaged file, the remedy is the same
-            raise ConfigError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}; export an earlier checkpoint") from error
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            raise ConfigError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {_last_line(error)}); export an earlier checkpoint") from None
         policy.load_state_dict(state["model"])
         save_hf_folder(output, hf_views(policy, config, vocab_size), config, vocab_size, tokenizer, dtype)
     finally:
         runtime.stop()
     print(f"step {meta['step']} of {checkpoint} is in {output}")
+
+
+def _last_line(error: BaseException) -> str:
+    """Megatron and torch put whole tracebacks into their messages."""
+    return (str(error).strip().splitlines() or ["no message"])[-1]
 
 
 def _read_checkpoint(folder: Path) -> tuple[RunConfig, dict[str, Any]]:

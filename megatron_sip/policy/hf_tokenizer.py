@@ -71,7 +71,7 @@ def write_tokenizer(folder: Path, tokenizer_model: Path) -> None:
 
 
 def convert(tokenizer_model: Path) -> Tokenizer:
-    """The sentencepiece model as a :class:`tokenizers.Tokenizer`. Raises ConfigError for another model than BPE."""
+    """The sentencepiece model as a :class:`tokenizers.Tokenizer`. Raises ConfigError for one that is not plain BPE."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -79,6 +79,8 @@ def convert(tokenizer_model: Path) -> Tokenizer:
     pieces = proto.pieces
     if proto.trainer_spec.model_type != _BPE:
         raise ConfigError(f"{tokenizer_model} is no BPE model; only sentencepiece models of model_type=bpe can be exported")
+    if any(piece.type == _USER_DEFINED for piece in pieces):
+        raise ConfigError(f"{tokenizer_model} has user-defined symbols, around which tokenizers splits a text in another way; train one without")
     tokenizer = Tokenizer(models.BPE(
         {piece.piece: index for index, piece in enumerate(pieces)}, _merges(pieces), fuse_unk=True,
         unk_token=next(piece.piece for piece in pieces if piece.type == _UNKNOWN), byte_fallback=any(piece.type == _BYTE for piece in pieces),
@@ -88,7 +90,6 @@ def convert(tokenizer_model: Path) -> Tokenizer:
                                            *([decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else [])])
     tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False) for piece in pieces
                                   if piece.type in (_CONTROL, _UNKNOWN)])
-    tokenizer.add_tokens([AddedToken(piece.piece, normalized=False) for piece in pieces if piece.type == _USER_DEFINED])
     tokenizer.encode_special_tokens = True  # control tokens in a text are text
     return tokenizer
 
@@ -99,7 +100,7 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
     Equal scores (Llama's runs of spaces) are merged from the left by sentencepiece, so that a run grows one by one:
     the longer left part goes first.
     """
-    index = {piece.piece: i for i, piece in enumerate(pieces) if piece.type in (_NORMAL, _USER_DEFINED)}
+    index = {piece.piece: i for i, piece in enumerate(pieces) if piece.type == _NORMAL}
     ways = [(-pieces[whole].score, -cut, text[:cut], text[cut:])
             for text, whole in index.items() for cut in range(1, len(text)) if text[:cut] in index and text[cut:] in index]
     return [(left, right) for _, _, left, right in sorted(ways)]

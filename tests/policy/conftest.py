@@ -1,0 +1,45 @@
+"""Three groups of processes run all scenarios of the policy once; tests read what they left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from policy_spawn import Outcome, spawn
+
+LAYOUTS_OF_TWO = ("tp2", "tp2_sp", "pp2", "dp2", "dp2_distributed")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("policy")
+
+
+@pytest.fixture(scope="session")
+def two(folder: Path) -> Outcome:
+    """Two processes. Comes before ``one``, which loads the checkpoints that are saved here."""
+    return spawn(2, [
+        "patches_two",
+        *(f"train_{shape}_{layout}" for shape in ("gqa", "tied") for layout in LAYOUTS_OF_TWO),
+        "round_trip_tp2", "round_trip_pp2_tied", "round_trip_dp2_distributed", "round_trip_dp2_distributed_bf16",
+        "reload_tp2_as_pp2", "reload_pp2_tied_as_tp2", "reload_dp2_distributed_as_tp2",
+    ], folder)
+
+
+@pytest.fixture(scope="session")
+def one(folder: Path, two: Outcome) -> Outcome:
+    return spawn(1, [
+        "patches_one",
+        "train_gqa_plain", "train_gqa_one", "train_tied_plain", "train_tied_one", "train_bf16",
+        "reference_beside_policy", "reference_missing", "reference_draws_no_random_numbers", "padding_gets_no_probability",
+        "round_trip_one", "round_trip_one_tied", "round_trip_one_bf16", "round_trip_one_distributed",
+        "round_trip_before_first_step", "round_trip_before_first_step_bf16", "round_trip_before_first_step_distributed",
+        "reload_tp2_as_one", "reload_pp2_tied_as_one", "reload_dp2_distributed_as_one",
+        "load_keeps_configured_rates", "without_keep_step_on_load", "without_separate_steps", "without_allocated_state",
+        "hugging_face_gqa", "hugging_face_tied", "hugging_face_bf16", "load_refuses_other_shapes",
+    ], folder)
+
+
+@pytest.fixture(scope="session")
+def four(folder: Path) -> Outcome:
+    return spawn(4, ["train_gqa_tp2_pp2", "train_tied_tp2_pp2"], folder)
