@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from policy_spawn import Outcome, spawn
-
-LAYOUTS_OF_TWO = ("tp2", "tp2_sp", "pp2", "dp2", "dp2_distributed")
+from policy_spawn import LAYOUTS_OF_TWO, Outcome, spawn
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import LAYOUTS_OF_TWO
-from policy_spawn import Outcome
+from policy_spawn import LAYOUTS_OF_TWO, Outcome
 
 PAIRS = 8
 
