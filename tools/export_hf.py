@@ -80,7 +80,8 @@ def export(checkpoint: Path, output: Path, tokenizer_model: Path | None, dtype: 
         try:
             state = dist_checkpointing.load({"model": policy.sharded_state_dict()}, str(checkpoint))
         except (Exception, CheckpointException) as error:  # torch's is no Exception
-            raise ConfigError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {_last_line(error)}); export an earlier checkpoint") from None
+            what = f"{type(error).__name__}: {_last_line(error)}"
+            raise ConfigError(f"{checkpoint} cannot be loaded ({what}); export an earlier checkpoint") from None
         policy.load_state_dict(state["model"])
         save_hf_folder(output, hf_views(policy, config, vocab_size), config, vocab_size, tokenizer, dtype)
     finally:
@@ -127,7 +128,8 @@ def import_hf(source: Path, output: Path, tokenizer_model: Path | None, dtype: t
     if not tokenizer.is_file():
         if tokenizer_model is not None:
             raise ConfigError(f"tokenizer {tokenizer_model} does not exist")
-        print(f"note: {source} has no tokenizer.model; the data must be tokenized with the sentencepiece model of these weights", file=sys.stderr)
+        print(f"note: {source} has no tokenizer.model; the data must be tokenized with the sentencepiece model of these weights",
+              file=sys.stderr)
         tokenizer = None
     config = RunConfig.model_validate({  # the smallest run around these settings
         "model": settings, "data": {"prefix_length": 1, "suffix_length": 1}, "pool": {"rewrite": False, "rollouts": 0},

@@ -106,10 +106,11 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype
             size = 0
         shards[-1].append(name)
         size += nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards):
         # Views of one parameter must not reach the file as views: safetensors refuses tensors that share memory.
-        save_file({name: state[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}, folder / file, {"format": "pt"})
+        tensors = {name: state[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
         total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
         _write_json(folder / _INDEX, {"metadata": {"total_size": total},

@@ -114,8 +114,8 @@ def check_init_folder(folder: HfFolder, config: RunConfig, vocab_size: int) -> N
         differing.pop("max_position_embeddings", None)  # a shorter context is no contradiction
     if differing:
         lines = [f"model.{field} is {ours[field]}, the weights have {value}" for field, value in differing.items()]
-        overrides = " ".join(f"model.{field}={str(value).lower() if isinstance(value, bool) else value}" for field, value in differing.items())
+        overrides = " ".join(f"model.{field}={json.dumps(value)}" for field, value in differing.items())
         raise ConfigError(f"{folder.folder} does not fit config.model:\n  " + "\n  ".join(lines) + f"\nuse: {overrides}")
     if folder.config["vocab_size"] != vocab_size:
-        raise ConfigError(f"{folder.folder} has a vocabulary of {folder.config.get('vocab_size')}, the tokenizer one of {vocab_size}; "
+        raise ConfigError(f"{folder.folder} has a vocabulary of {folder.config['vocab_size']}, the tokenizer one of {vocab_size}; "
                           "tokenize the data with the tokenizer of these weights and point data.tokenizer_model at it")

@@ -63,7 +63,8 @@ def write_tokenizer(folder: Path, tokenizer_model: Path) -> None:
             raise ConfigError(f"{tokenizer_model} cannot be written as tokenizer.json: {probe!r} becomes {ours} instead of {theirs}")
     tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
-    named = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id(), "pad_token": processor.pad_id()}
+    named = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id(),
+             "pad_token": processor.pad_id()}
     settings: dict[str, Any] = {name: processor.id_to_piece(token) for name, token in named.items() if token >= 0}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "split_special_tokens": True,
                  "model_max_length": 10**30}
@@ -80,10 +81,12 @@ def convert(tokenizer_model: Path) -> Tokenizer:
     if proto.trainer_spec.model_type != _BPE:
         raise ConfigError(f"{tokenizer_model} is no BPE model; only sentencepiece models of model_type=bpe can be exported")
     if any(piece.type == _USER_DEFINED for piece in pieces):
-        raise ConfigError(f"{tokenizer_model} has user-defined symbols, around which tokenizers splits a text in another way; train one without")
+        raise ConfigError(f"{tokenizer_model} has user-defined symbols, around which tokenizers splits a text in another way; "
+                          "train one without")
     tokenizer = Tokenizer(models.BPE(
         {piece.piece: index for index, piece in enumerate(pieces)}, _merges(pieces), fuse_unk=True,
-        unk_token=next(piece.piece for piece in pieces if piece.type == _UNKNOWN), byte_fallback=any(piece.type == _BYTE for piece in pieces),
+        unk_token=next(piece.piece for piece in pieces if piece.type == _UNKNOWN),
+        byte_fallback=any(piece.type == _BYTE for piece in pieces),
     ))
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),

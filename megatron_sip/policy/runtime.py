@@ -125,7 +125,8 @@ def _join(rank: int, world_size: int, timeout: timedelta, backend: str) -> dist.
         if missing:
             raise ConfigError(f"WORLD_SIZE={world_size} but {' and '.join(missing)} not set; start the processes with torchrun")
         base, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    dist.init_process_group(backend, store=dist.PrefixStore("process_groups", base), rank=rank, world_size=world_size, timeout=timeout)
+    groups = dist.PrefixStore("process_groups", base)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
     store = dist.PrefixStore("messages", base)
     store.set_timeout(timeout)
     return store

@@ -87,7 +87,8 @@ def hf_shapes(config: RunConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
         shapes |= {
             at + "self_attn.q_proj.weight": (hidden, hidden), at + "self_attn.k_proj.weight": (key, hidden),
             at + "self_attn.v_proj.weight": (key, hidden), at + "self_attn.o_proj.weight": (hidden, hidden),
-            at + "mlp.gate_proj.weight": (ffn, hidden), at + "mlp.up_proj.weight": (ffn, hidden), at + "mlp.down_proj.weight": (hidden, ffn),
+            at + "mlp.gate_proj.weight": (ffn, hidden), at + "mlp.up_proj.weight": (ffn, hidden),
+            at + "mlp.down_proj.weight": (hidden, ffn),
             at + "input_layernorm.weight": (hidden,), at + "post_attention_layernorm.weight": (hidden,),
         }
     shapes[_FINAL_NORM] = (hidden,)
@@ -147,8 +148,9 @@ def _gather(tensor: Tensor, split: int | None, group: dist.ProcessGroup) -> Tens
         return tensor
     if split is None:
         return None
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(tensor.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(tensor, parts, dst=dist.get_global_rank(group, 0), group=group)
     return torch.cat(parts, dim=split) if parts else None
 
 
