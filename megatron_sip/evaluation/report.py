@@ -20,14 +20,31 @@ _WIDTH = 110
 
 def format_report(report: Report, show: int = 4) -> str:
     """The whole report as text, with the first ``show`` prefixes to read."""
-    lines = [f"A  {report.model_a}", f"B  {report.model_b}",
-             f"{report.prefixes} held-out prefixes, greedy continuations of at most {report.max_tokens} tokens", ""]
-    lines += [f"{'A against B':44}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}"]
+    lines = [
+        f"A  {report.model_a}",
+        f"B  {report.model_b}",
+        f"{report.prefixes} held-out prefixes, continuations of at most {report.max_tokens} tokens",
+        "",
+    ]
+    lines += [
+        f"{'A against B':44}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}"
+    ]
     lines += [_win_line(c) for c in report.comparisons]
     if any(c.trained_on for c in report.comparisons):
-        lines += ["", f"{_MARK} THIS JUDGE TRAINED THE RUN. A win here shows that training worked as asked, not that the text is better;",
-                  "    look at the lines without this mark."]
-    lines += ["", f"{'statistics of the continuations':44}{'mean A':>10}{'mean B':>10}{'A - B':>10}  {'95% interval':20}{'original':>10}"]
+        lines += [
+            "",
+            f"{_MARK} THIS JUDGE TRAINED THE RUN. A win here shows that training worked as asked, not that the text is better;",
+            "    look at the lines without this mark.",
+        ]
+    for name, (a, b) in report.guarded.items():
+        lines.append(
+            f"    The guard of {name} (copies, repetition) caught {a:.0%} of A's continuations and {b:.0%} of B's; "
+            "two that are caught tie."
+        )
+    lines += [
+        "",
+        f"{'statistics of the continuations':44}{'mean A':>10}{'mean B':>10}{'A - B':>10}  {'95% interval':20}{'original':>10}",
+    ]
     lines += [_statistic_line(c, report.originals[c.name]) for c in report.statistics]
     lines += [f"{'share of different texts':44}{report.different_texts[0]:>10.3f}{report.different_texts[1]:>10.3f}"]
     for sample in report.samples[:show]:

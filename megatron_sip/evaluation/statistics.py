@@ -47,25 +47,44 @@ class Comparison:
     difference_interval: tuple[float, float] | None
 
 
-def compare(name: str, a: Sequence[float | None], b: Sequence[float | None], *, seed: int, lower_is_better: bool = False,
-            trained_on: bool = False) -> Comparison:
+def compare(
+    name: str,
+    a: Sequence[float | None],
+    b: Sequence[float | None],
+    *,
+    seed: int,
+    lower_is_better: bool = False,
+    trained_on: bool = False,
+) -> Comparison:
     """Win rate of A over B and difference of their means.
 
     Args:
         a, b: one value a prefix, in the same order.
         seed: of the bootstrap.
     """
-    answered = np.array([(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None], dtype=np.float64).reshape(-1, 2)
+    answered = np.array([(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None], dtype=np.float64).reshape(
+        -1, 2
+    )
     gain = (answered[:, 1] - answered[:, 0]) if lower_is_better else (answered[:, 0] - answered[:, 1])
     outcomes = np.where(gain > 0, 1.0, np.where(gain < 0, 0.0, 0.5))
     differences = answered[:, 0] - answered[:, 1]
     some = len(answered) > 0
     return Comparison(
-        name=name, a=tuple(a), b=tuple(b), trained_on=trained_on, lower_is_better=lower_is_better,
-        wins=int((gain > 0).sum()), ties=int((gain == 0).sum()), losses=int((gain < 0).sum()), no_answers=len(a) - len(answered),
-        mean_a=float(answered[:, 0].mean()) if some else None, mean_b=float(answered[:, 1].mean()) if some else None,
-        win_rate=float(outcomes.mean()) if some else None, interval=bootstrap_interval(outcomes, seed),
-        difference=float(differences.mean()) if some else None, difference_interval=bootstrap_interval(differences, seed),
+        name=name,
+        a=tuple(a),
+        b=tuple(b),
+        trained_on=trained_on,
+        lower_is_better=lower_is_better,
+        wins=int((gain > 0).sum()),
+        ties=int((gain == 0).sum()),
+        losses=int((gain < 0).sum()),
+        no_answers=len(a) - len(answered),
+        mean_a=float(answered[:, 0].mean()) if some else None,
+        mean_b=float(answered[:, 1].mean()) if some else None,
+        win_rate=float(outcomes.mean()) if some else None,
+        interval=bootstrap_interval(outcomes, seed),
+        difference=float(differences.mean()) if some else None,
+        difference_interval=bootstrap_interval(differences, seed),
     )
 
 

@@ -53,8 +53,9 @@ class RolloutEngine(Protocol):
     def sync(self, version: int) -> None:
         """Make the policy's current weights the ones that write; rollouts will carry ``version``."""
 
-    def generate(self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int],
-                 max_tokens: int) -> list[list[Rollout]]:
+    def generate(
+        self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int
+    ) -> list[list[Rollout]]:
         """``num_rollouts`` continuations of each prefix.
 
         What is written follows from weights, prefix and the prefix's seed; not from the other prefixes.
@@ -68,8 +69,14 @@ class RolloutEngine(Protocol):
         """Stop and free everything; may be called twice."""
 
 
-def check_request(prefixes: Sequence[Sequence[int]], num_rollouts: int, seeds: Sequence[int], max_tokens: int,
-                  vocab_size: int, max_positions: int) -> None:
+def check_request(
+    prefixes: Sequence[Sequence[int]],
+    num_rollouts: int,
+    seeds: Sequence[int],
+    max_tokens: int,
+    vocab_size: int,
+    max_positions: int,
+) -> None:
     """Raise ValueError for a request that no engine can answer; the message names the prefix."""
     if len(seeds) != len(prefixes):
         raise ValueError(f"{len(prefixes)} prefixes but {len(seeds)} seeds; give one seed a prefix")
@@ -79,14 +86,20 @@ def check_request(prefixes: Sequence[Sequence[int]], num_rollouts: int, seeds: S
         if len(prefix) == 0:
             raise ValueError(f"prefix {number} is empty; a prefix needs at least one token")
         if min(prefix) < 0 or max(prefix) >= vocab_size:
-            raise ValueError(f"prefix {number} holds token {max(prefix)} or {min(prefix)}, but the model's vocabulary has {vocab_size} "
-                             "tokens; was the data made with another tokenizer?")
+            raise ValueError(
+                f"prefix {number} holds token {max(prefix)} or {min(prefix)}, but the model's vocabulary has {vocab_size} "
+                "tokens; was the data made with another tokenizer?"
+            )
         if len(prefix) + max_tokens > max_positions:
-            raise ValueError(f"prefix {number}: {len(prefix)} tokens + max_tokens {max_tokens} = {len(prefix) + max_tokens} "
-                             f"> max_position_embeddings {max_positions}")
+            raise ValueError(
+                f"prefix {number}: {len(prefix)} tokens + max_tokens {max_tokens} = {len(prefix) + max_tokens} "
+                f"> max_position_embeddings {max_positions}"
+            )
 
 
-def check_logprobs(engine_logprobs: Sequence[Sequence[float]], policy_logprobs: Sequence[Sequence[float]], tolerance: float) -> float:
+def check_logprobs(
+    engine_logprobs: Sequence[Sequence[float]], policy_logprobs: Sequence[Sequence[float]], tolerance: float
+) -> float:
     """Compare the engine's token log-probabilities with the policy's own for the same rollouts.
 
     Args:
@@ -109,8 +122,11 @@ def check_logprobs(engine_logprobs: Sequence[Sequence[float]], policy_logprobs: 
     mean, largest = sum(differences) / len(differences), max(differences)
     if not mean <= tolerance:  # also catches NaN
         raise RolloutMismatch(
-            f"log-probabilities of {len(differences)} rollout tokens ({len(engine_logprobs)} rollouts): engine and policy differ by "
-            f"{mean:.3g} per token on average (largest {largest:.3g}, tolerance {tolerance:.3g}). Probable causes: the engine did not "
+            f"log-probabilities of {len(differences)} rollout tokens ({len(engine_logprobs)} rollouts): engine and policy "
+            f"differ by {mean:.3g} per token on average (largest {largest:.3g}, tolerance {tolerance:.3g}). "
+            "Probable causes: the engine did not "
             "get the last weights (look at its weights_version); engine and policy compute in different dtypes (raise "
-            "rollout.logprob_tolerance for bfloat16); or the exported configuration (rotary base, norm epsilon, vocabulary) is not the policy's.")
+            "rollout.logprob_tolerance for bfloat16); or the exported configuration (rotary base, norm epsilon, "
+            "vocabulary) is not the policy's."
+        )
     return mean

@@ -41,7 +41,11 @@ class LlamaShape:
         Raises:
             ValueError: a kind of Llama that this decoder does not compute; the message names the key.
         """
-        rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = {
+            "rope_theta": config.get("rope_theta", 10000.0),
+            **(config.get("rope_scaling") or {}),
+            **(config.get("rope_parameters") or {}),
+        }
         unsupported = {
             "model_type": config.get("model_type", "llama") != "llama",
             "hidden_act": config.get("hidden_act", "silu") != "silu",
@@ -51,13 +55,23 @@ class LlamaShape:
         }
         for key, is_unsupported in unsupported.items():
             if is_unsupported:
-                raise ValueError(f"the in-process sampler does not compute Llama with {key}={config.get(key, rope.get(key))!r}; use rollout.engine=vllm")
+                raise ValueError(
+                    f"the in-process sampler does not compute Llama with {key}={config.get(key, rope.get(key))!r}; "
+                    "use rollout.engine=vllm"
+                )
         heads = config["num_attention_heads"]
         return cls(
-            vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], ffn_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"], num_heads=heads, num_kv_heads=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            norm_eps=config.get("rms_norm_eps", 1e-6), rotary_base=float(rope["rope_theta"]),
-            max_positions=config.get("max_position_embeddings", 2048), tied=bool(config.get("tie_word_embeddings", False)),
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            ffn_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rotary_base=float(rope["rope_theta"]),
+            max_positions=config.get("max_position_embeddings", 2048),
+            tied=bool(config.get("tie_word_embeddings", False)),
         )
 
 
@@ -88,9 +102,14 @@ class Cache:
             chosen[..., :filled, :] = suffix[..., :filled, :][prefixes[:, None, None], heads, rows[:, None, :]]
             return chosen
 
-        return Cache([k[prefixes] for k in self.prefix_keys], [v[prefixes] for v in self.prefix_values],
-                     [pick(k) for k in self.suffix_keys], [pick(v) for v in self.suffix_values],
-                     self.lengths[prefixes], None if self.padding is None else self.padding[prefixes])
+        return Cache(
+            [k[prefixes] for k in self.prefix_keys],
+            [v[prefixes] for v in self.prefix_values],
+            [pick(k) for k in self.suffix_keys],
+            [pick(v) for v in self.suffix_values],
+            self.lengths[prefixes],
+            None if self.padding is None else self.padding[prefixes],
+        )
 
 
 class LlamaDecoder:
@@ -136,7 +155,11 @@ class LlamaDecoder:
             "v": self._take(at + "self_attn.v_proj.weight", key, hidden),
             "o": self._take(at + "self_attn.o_proj.weight", hidden, query),
         }
-        for name, size in (("gate", (shape.ffn_size, hidden)), ("up", (shape.ffn_size, hidden)), ("down", (hidden, shape.ffn_size))):
+        for name, size in (
+            ("gate", (shape.ffn_size, hidden)),
+            ("up", (shape.ffn_size, hidden)),
+            ("down", (hidden, shape.ffn_size)),
+        ):
             layer[name] = self._take(at + f"mlp.{name}_proj.weight", *size)
         return layer
 
@@ -167,7 +190,9 @@ class LlamaDecoder:
             cache.prefix_values.append(v)
             for suffix in (cache.suffix_keys, cache.suffix_values):
                 suffix.append(k.new_empty(count, shape.num_kv_heads, num_rows, max_tokens, shape.head_dim))
-            attended = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True)
+            attended = F.scaled_dot_product_attention(
+                q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True
+            )
             x = x + F.linear(attended.transpose(1, 2).reshape(count, longest, -1), layer["o"])
             x = self._feed_forward(x, layer)
         last = x[torch.arange(count, device=self.device), lengths - 1]
@@ -199,7 +224,9 @@ class LlamaDecoder:
             keys, values = cache.suffix_keys[number], cache.suffix_values[number]
             keys[:, :, :, step] = _rotate(k, cos, sin).squeeze(3)
             values[:, :, :, step] = v
-            on_prefix = (q.flatten(2, 3) @ cache.prefix_keys[number].transpose(2, 3)).view(count, shape.num_kv_heads, rows, group, longest)
+            on_prefix = (q.flatten(2, 3) @ cache.prefix_keys[number].transpose(2, 3)).view(
+                count, shape.num_kv_heads, rows, group, longest
+            )
             if cache.padding is not None:
                 on_prefix = on_prefix.masked_fill(cache.padding, float("-inf"))
             on_suffix = q @ keys[:, :, :, : step + 1].transpose(3, 4)

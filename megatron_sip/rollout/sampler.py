@@ -41,8 +41,16 @@ class InProcessEngine:
 
     concurrent = False
 
-    def __init__(self, config: Mapping[str, Any], weights: Callable[[], Mapping[str, Tensor]], *, eod_id: int | None,
-                 temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Callable[[], Mapping[str, Tensor]],
+        *,
+        eod_id: int | None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 256,
+    ) -> None:
         if temperature < 0 or not 0 < top_p <= 1 or batch_size < 1:
             raise ValueError(f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], batch_size={batch_size} >= 1")
         self._config, self._weights = config, weights
@@ -61,7 +69,9 @@ class InProcessEngine:
         self._decoder = LlamaDecoder(self._config, self._weights())
         self._version = version
 
-    def generate(self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int) -> list[list[Rollout]]:
+    def generate(
+        self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int
+    ) -> list[list[Rollout]]:
         """See :meth:`RolloutEngine.generate`."""
         decoder = self._decoder
         if decoder is None:
@@ -85,8 +95,9 @@ class InProcessEngine:
         """Drop the references to the policy's tensors."""
         self._decoder = None
 
-    def _decode(self, decoder: LlamaDecoder, prefixes: Sequence[Sequence[int]], num_rows: int, uniforms: Tensor | None,
-                max_tokens: int) -> list[list[Rollout]]:
+    def _decode(
+        self, decoder: LlamaDecoder, prefixes: Sequence[Sequence[int]], num_rows: int, uniforms: Tensor | None, max_tokens: int
+    ) -> list[list[Rollout]]:
         device, count = decoder.device, len(prefixes)
         lengths = torch.tensor([len(p) for p in prefixes])
         ids = torch.zeros(count, int(lengths.max()), dtype=torch.int64)
@@ -103,7 +114,9 @@ class InProcessEngine:
         where = torch.arange(count, device=device)[:, None], torch.arange(num_rows, device=device).expand(count, num_rows)
         alive = torch.ones(count, num_rows, dtype=torch.bool, device=device)
         for step in range(max_tokens):
-            chosen, chosen_logprobs = picker(hidden.flatten(0, 1), None if uniforms is None else uniforms[where[0], where[1], step].flatten())
+            chosen, chosen_logprobs = picker(
+                hidden.flatten(0, 1), None if uniforms is None else uniforms[where[0], where[1], step].flatten()
+            )
             chosen = chosen.view_as(alive)
             tokens[where[0], where[1], step] = chosen
             logprobs[where[0], where[1], step] = chosen_logprobs.view_as(alive)
@@ -122,7 +135,9 @@ class InProcessEngine:
                         chosen, alive, where = chosen[pick], alive[pick], (where[0][keep_prefixes], where[1][pick])
             hidden = decoder.step(chosen, cache, step)
         if not bool(logprobs.isfinite().all()):
-            raise RolloutError(f"log-probabilities of rollouts are not finite: the policy's weights of version {self._version} have diverged")
+            raise RolloutError(
+                f"log-probabilities of rollouts are not finite: the policy's weights of version {self._version} have diverged"
+            )
         return self._read(tokens.tolist(), logprobs.tolist())
 
     def _read(self, tokens: list[list[list[int]]], logprobs: list[list[list[float]]]) -> list[list[Rollout]]:
@@ -142,7 +157,9 @@ class TokenPicker:
 
     def __init__(self, output: Tensor, temperature: float, top_p: float) -> None:
         self._output, self._temperature, self._top_p = output, temperature, top_p
-        self._buffer: Tensor | None = None  # [rows, V rounded up to blocks] float32; a fresh one a step would cost more than the softmax
+        self._buffer: Tensor | None = (
+            None  # [rows, V rounded up to blocks] float32; a fresh one a step would cost more than the softmax
+        )
 
     def __call__(self, hidden: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """[R, hidden] and [R] float64 in [0, 1) -> tokens [R] int64, natural log-probabilities at temperature 1 [R] float32."""
@@ -191,7 +208,9 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     block = (ends <= target).sum(-1, keepdim=True)
     inner = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(-1)
     size = sums.gather(1, block)
-    share = ((target - (ends.gather(1, block) - size)) / size).clamp_(0.0, _BELOW_ONE)  # of the block; float32 and float64 sums differ
+    share = ((target - (ends.gather(1, block) - size)) / size).clamp_(
+        0.0, _BELOW_ONE
+    )  # of the block; float32 and float64 sums differ
     return block.squeeze(1) * _BLOCK + (inner <= share * inner[:, -1:]).sum(-1)
 
 

@@ -47,13 +47,18 @@ class PolicyServer:
             ServerLost: no answer, or a server error.
             RolloutError: refused, or an answer that does not hold what was asked for.
         """
-        answer = self._post("/inference/v1/generate", deadline, json={
-            "token_ids": list(prefix), "sampling_params": {**sampling, "n": count}, "stream": False})
+        answer = self._post(
+            "/inference/v1/generate",
+            deadline,
+            json={"token_ids": list(prefix), "sampling_params": {**sampling, "n": count}, "stream": False},
+        )
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             rollouts = [_rollout(choice) for choice in choices]
         except (KeyError, TypeError, ValueError) as error:
-            raise RolloutError(f"rollout server {self.url} answered in a form that is not understood ({error!r}); vLLM 0.32 is known to work") from None
+            raise RolloutError(
+                f"rollout server {self.url} answered in a form that is not understood ({error!r}); vLLM 0.32 is known to work"
+            ) from None
         if len(rollouts) != count:
             raise RolloutError(f"rollout server {self.url} wrote {len(rollouts)} rollouts instead of {count}")
         return rollouts
@@ -81,10 +86,15 @@ class PolicyServer:
             self._post("/resume", deadline)
             found = self.version(deadline)
         except RolloutError as error:
-            raise RolloutError(f"weights of version {version} were not taken over: {error}. The server is in an unknown state: restart it. "
-                               f"It must be able to read {folder}") from None
+            raise RolloutError(
+                f"weights of version {version} were not taken over: {error}. The server is in an unknown state: restart it. "
+                f"It must be able to read {folder}"
+            ) from None
         if found != str(version):
-            raise RolloutError(f"rollout server {self.url} has weights of version {found} after version {version} was pushed; does somebody else push to it?")
+            raise RolloutError(
+                f"rollout server {self.url} has weights of version {found} after version {version} was pushed; "
+                "does somebody else push to it?"
+            )
 
     def close(self) -> None:
         """Close the connections."""
@@ -98,15 +108,21 @@ class PolicyServer:
         if left <= 0:
             raise ServerLost(f"rollout server {self.url}: no time left for {path}")
         try:
-            response = self._client.request(method, path, timeout=httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS)), **content)
+            response = self._client.request(
+                method, path, timeout=httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS)), **content
+            )
         except httpx.TimeoutException:
-            raise ServerLost(f"rollout server {self.url} did not answer {path} within {left:.0f} s (rollout.request_timeout)") from None
+            raise ServerLost(
+                f"rollout server {self.url} did not answer {path} within {left:.0f} s (rollout.request_timeout)"
+            ) from None
         except httpx.HTTPError as error:
             raise ServerLost(f"rollout server {self.url} cannot be reached: {error!r}") from None
         if response.status_code == 401:
             raise RolloutError(f"rollout server {self.url} refuses the key; set rollout.api_key_file or SIP_ROLLOUT_API_KEY")
         if response.status_code == 404:
-            raise RolloutError(f"rollout server {self.url} has no {path}; start it with --enable-scale-out and VLLM_SERVER_DEV_MODE=1")
+            raise RolloutError(
+                f"rollout server {self.url} has no {path}; start it with --enable-scale-out and VLLM_SERVER_DEV_MODE=1"
+            )
         if response.status_code >= 500:
             raise ServerLost(f"rollout server {self.url} failed at {path}: {response.status_code} {response.text[:_SHOWN]}")
         if response.status_code >= 400:

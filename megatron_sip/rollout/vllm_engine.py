@@ -37,14 +37,29 @@ def server_flags(*, max_model_len: int, dtype: str, max_num_seqs: int = 512) -> 
         dtype: of weights and computation, e.g. ``float32``.
         max_num_seqs: rollouts written at once.
     """
-    return ["--enable-scale-out", "--skip-tokenizer-init", "--generation-config", "vllm", "--max-model-len", str(max_model_len),
-            "--dtype", dtype, "--max-num-seqs", str(max_num_seqs), "--middleware", "megatron_sip.rollout.guard.KeyGuard"]
+    return [
+        "--enable-scale-out",
+        "--skip-tokenizer-init",
+        "--generation-config",
+        "vllm",
+        "--max-model-len",
+        str(max_model_len),
+        "--dtype",
+        dtype,
+        "--max-num-seqs",
+        str(max_num_seqs),
+        "--middleware",
+        "megatron_sip.rollout.guard.KeyGuard",
+    ]
 
 
 def server_environment() -> dict[str, str]:
     """Environment of a policy server: the calls that replace weights, and this package importable for the key guard."""
     package_parent = str(Path(__file__).resolve().parents[2])
-    return {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))}
+    return {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")])),
+    }
 
 
 def probe() -> tuple[str, dict[str, Any]]:
@@ -73,10 +88,23 @@ class VllmEngine:
 
     concurrent = True
 
-    def __init__(self, urls: Sequence[str], api_key: str | None, *, vocab_size: int, max_positions: int, eod_id: int | None,
-                 temperature: float = 1.0, top_p: float = 1.0, concurrency: int = 64, request_timeout: float = 300.0,
-                 ready_timeout: float = 600.0, check: Callable[[], None] = lambda: None,
-                 sync_dir: Path | None = None, export: Callable[[Path], None] | None = None) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        api_key: str | None,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        eod_id: int | None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        concurrency: int = 64,
+        request_timeout: float = 300.0,
+        ready_timeout: float = 600.0,
+        check: Callable[[], None] = lambda: None,
+        sync_dir: Path | None = None,
+        export: Callable[[Path], None] | None = None,
+    ) -> None:
         if not urls:
             raise ValueError("no rollout server; give rollout.urls or rollout.num_servers >= 1")
         self._servers = [PolicyServer(url, api_key, concurrency) for url in urls]
@@ -97,11 +125,15 @@ class VllmEngine:
             while True:
                 self._check()
                 try:
-                    server.generate([0], 1, {**self._sampling, "max_tokens": 1, "seed": 0}, min(deadline, time.monotonic() + 60.0))
+                    server.generate(
+                        [0], 1, {**self._sampling, "max_tokens": 1, "seed": 0}, min(deadline, time.monotonic() + 60.0)
+                    )
                     break
                 except ServerLost as error:
                     if time.monotonic() > deadline:
-                        raise RolloutError(f"not ready after {self._ready_timeout:.0f} s (rollout.ready_timeout): {error}") from None
+                        raise RolloutError(
+                            f"not ready after {self._ready_timeout:.0f} s (rollout.ready_timeout): {error}"
+                        ) from None
                     time.sleep(0.5)
 
     def sync(self, version: int) -> None:
@@ -134,7 +166,9 @@ class VllmEngine:
         """From now on only rollouts of this version are taken."""
         self._version = version
 
-    def generate(self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int) -> list[list[Rollout]]:
+    def generate(
+        self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int
+    ) -> list[list[Rollout]]:
         """See :meth:`RolloutEngine.generate`. A request that a server lost is asked again, of the next server."""
         check_request(prefixes, num_rollouts, seeds, max_tokens, self._vocab_size, self._max_positions)
         if not prefixes:
@@ -143,7 +177,10 @@ class VllmEngine:
         written: list[list[Rollout]] = [[] for _ in prefixes]
         pool = ThreadPoolExecutor(min(len(prefixes), self._concurrency * len(self._servers)), "rollout")
         try:
-            futures = {pool.submit(self._ask, i, prefix, num_rollouts, seeds[i], max_tokens, deadline): i for i, prefix in enumerate(prefixes)}
+            futures = {
+                pool.submit(self._ask, i, prefix, num_rollouts, seeds[i], max_tokens, deadline): i
+                for i, prefix in enumerate(prefixes)
+            }
             for done in as_completed(futures):
                 written[futures[done]] = done.result()
         finally:
@@ -170,17 +207,27 @@ class VllmEngine:
         for rollout in rollouts:
             if rollout.weights_version != self._version:
                 found = "those it started with" if rollout.weights_version == INITIAL else f"version {rollout.weights_version}"
-                raise RolloutError(f"rollout server {server.url} wrote with weights of {found}, expected version {self._version}: "
-                                   "it was restarted or missed a sync")
+                raise RolloutError(
+                    f"rollout server {server.url} wrote with weights of {found}, expected version {self._version}: "
+                    "it was restarted or missed a sync"
+                )
         return rollouts * (count // asked)
 
 
 def sampling_params(eod_id: int | None, temperature: float, top_p: float) -> dict[str, Any]:
     """vLLM's ``SamplingParams``, all that shape the distribution spelt out: a server's defaults must not."""
     return {
-        "temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0, "logprobs": 0, "detokenize": False,
-        "ignore_eos": True, "stop_token_ids": [] if eod_id is None else [eod_id],  # the model folder's own idea of eos does not count
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logprobs": 0,
+        "detokenize": False,
+        "ignore_eos": True,
+        "stop_token_ids": [] if eod_id is None else [eod_id],  # the model folder's own idea of eos does not count
     }
 
 
@@ -210,7 +257,9 @@ def read_layout(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     files: Iterable[Path] = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
-        raise RolloutError(f"{folder} is not a Hugging Face folder with config.json and safetensors; nothing was pushed to the servers")
+        raise RolloutError(
+            f"{folder} is not a Hugging Face folder with config.json and safetensors; nothing was pushed to the servers"
+        )
     layout: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:

@@ -18,9 +18,11 @@ def embedder() -> SentenceEmbedder:
 
 def test_close_in_meaning_is_close_in_space(embedder):
     reference = "The court decided that the contract had been broken and awarded damages."
-    texts = ["Judges ruled that the agreement was violated, so compensation must be paid.",
-             "Whales feed on krill in the cold waters around Antarctica.",
-             reference]
+    texts = [
+        "Judges ruled that the agreement was violated, so compensation must be paid.",
+        "Whales feed on krill in the cold waters around Antarctica.",
+        reference,
+    ]
     same_meaning, other_topic, itself = embedder.similarities(texts, [reference] * 3)
     assert itself == pytest.approx(1.0, abs=1e-5)
     assert same_meaning > other_topic + 0.4

@@ -18,9 +18,19 @@ VOCAB, EOD = 150, 2
 
 def save_model(folder: Path, seed: int = 0, vocab: int = VOCAB) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+        )
+    ).eval()
     model.save_pretrained(folder)
     return model
 
@@ -41,13 +51,25 @@ def test_losses_are_those_of_transformers(tmp_path, batch_size):
 
 def test_continuations_are_greedy_and_end(tmp_path):
     model = save_model(tmp_path)
-    endless = TrainedModel(tmp_path, vocab_size=VOCAB, eod_id=-1).continuations(PREFIXES, 40)
+    endless = TrainedModel(tmp_path, vocab_size=VOCAB, eod_id=-1).continuations(PREFIXES, 40, [0] * 5)
     for prefix, written in zip(PREFIXES, endless, strict=True):
         with torch.inference_mode():
-            expected = model.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
-        assert list(written) == expected[0, len(prefix):].tolist()
+            expected = model.generate(
+                torch.tensor([prefix]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+            )
+        assert list(written) == expected[0, len(prefix) :].tolist()
     end = endless[0][5]
-    assert TrainedModel(tmp_path, vocab_size=VOCAB, eod_id=end).continuations(PREFIXES[:1], 40)[0] == endless[0][: endless[0].index(end) + 1]
+    assert (
+        TrainedModel(tmp_path, vocab_size=VOCAB, eod_id=end).continuations(PREFIXES[:1], 40, [0])[0]
+        == endless[0][: endless[0].index(end) + 1]
+    )
+
+
+def test_continuations_may_be_sampled(tmp_path):
+    save_model(tmp_path)
+    model = TrainedModel(tmp_path, vocab_size=VOCAB, eod_id=-1, temperature=1.0)
+    one, same, other = model.continuations([PREFIXES[0]] * 3, 20, [1, 1, 2])
+    assert one == same != other
 
 
 def test_bad_folders(tmp_path):

@@ -64,5 +64,7 @@ def test_interval_needs_two_values():
 def test_text_statistics():
     found = text_statistics([1, 2, 3, 4, 1, 2, 3, 4], [9, 1, 2, 3, 4, 9])
     # 4-grams: 1234 2341 3412 4123 1234; 2-grams: 12 23 34 41 12 23 34
-    assert found == pytest.approx({"length": 8, "repetition": 1 / 5, "distinct 1": 4 / 8, "distinct 2": 4 / 7, "prefix overlap": 2 / 5})
+    assert found == pytest.approx(
+        {"length": 8, "repetition": 1 / 5, "distinct 1": 4 / 8, "distinct 2": 4 / 7, "prefix overlap": 2 / 5}
+    )
     assert text_statistics([], [1]) == {"length": 0, "repetition": 0, "distinct 1": 1, "distinct 2": 1, "prefix overlap": 0}

@@ -13,7 +13,9 @@ def test_mean_difference_is_over_tokens_not_rollouts():
 
 
 def test_mismatch_names_what_was_compared():
-    with pytest.raises(RolloutMismatch, match=r"4 rollout tokens \(2 rollouts\).*0.3 per token on average \(largest 0.8, tolerance 0.02\)"):
+    with pytest.raises(
+        RolloutMismatch, match=r"4 rollout tokens \(2 rollouts\).*0.3 per token on average \(largest 0.8, tolerance 0.02\)"
+    ):
         check_logprobs([[-1.0, -2.0], [-3.0, -1.0]], [[-1.8, -2.0], [-3.0, -0.6]], 0.02)
 
 

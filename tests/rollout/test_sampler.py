@@ -16,8 +16,17 @@ VOCAB = 300  # no multiple of the sampler's block of 128
 
 def make_model(seed: int = 0, vocab: int = VOCAB, dtype: torch.dtype = torch.float32, **shape) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "tie_word_embeddings": True, "rope_theta": 500.0, "initializer_range": 0.3, **shape}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_theta": 500.0,
+        "initializer_range": 0.3,
+        **shape,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=128, **shape)).to(dtype).eval()
 
 
@@ -52,19 +61,25 @@ def test_greedy_tokens_are_those_of_transformers(shape):
     rollouts = make_engine(model, temperature=0.0).generate(prefixes, 1, seeds=[0] * 4, max_tokens=40)
     for prefix, (rollout,) in zip(prefixes, rollouts):
         with torch.inference_mode():
-            expected = model.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
-        assert list(rollout.token_ids) == expected[0, len(prefix):].tolist()
+            expected = model.generate(
+                torch.tensor([prefix]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+            )
+        assert list(rollout.token_ids) == expected[0, len(prefix) :].tolist()
         assert rollout.weights_version == 7
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {}, {"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.8}], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_logprobs_are_those_of_the_full_forward_pass(shape, settings):
     model = make_model(**shape)
     prefixes = some_prefixes(12, 30, 5)
     for prefix, rollouts in zip(prefixes, make_engine(model, **settings).generate(prefixes, 3, seeds=[1, 2, 3], max_tokens=25)):
         for rollout in rollouts:
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), hf_logprobs(model, prefix, rollout.token_ids), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(rollout.logprobs), hf_logprobs(model, prefix, rollout.token_ids), atol=1e-4, rtol=0
+            )
 
 
 def test_bfloat16_logprobs_agree_within_its_rounding():
@@ -80,6 +95,7 @@ def test_bfloat16_logprobs_agree_within_its_rounding():
 
 def exact_probabilities(model: LlamaForCausalLM, prefix: list[int], temperature: float, top_p: float) -> torch.Tensor:
     """Probabilities of the next two tokens, [V * V], by the definition of temperature and nucleus."""
+
     def next_token(ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():
             p = (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
@@ -100,14 +116,19 @@ def test_sampled_distribution_is_the_exact_one(temperature, top_p):
     vocab, draws = 11, 20_000
     model = make_model(vocab=vocab, initializer_range=0.2)
     prefix = some_prefixes(6, vocab=vocab)[0]
-    rollouts = make_engine(model, temperature=temperature, top_p=top_p, batch_size=5_000).generate([prefix], draws, seeds=[5], max_tokens=2)[0]
+    rollouts = make_engine(model, temperature=temperature, top_p=top_p, batch_size=5_000).generate(
+        [prefix], draws, seeds=[5], max_tokens=2
+    )[0]
     counts = torch.zeros(vocab * vocab, dtype=torch.float64)
     for rollout in rollouts:
         counts[rollout.token_ids[0] * vocab + rollout.token_ids[1]] += 1
     expected = exact_probabilities(model, prefix, temperature, top_p) * draws
     assert counts[expected == 0].sum() == 0  # nothing from outside the nucleus
     often = expected >= 5
-    observed, wanted = torch.cat([counts[often], counts[~often].sum()[None]]), torch.cat([expected[often], expected[~often].sum()[None]])
+    observed, wanted = (
+        torch.cat([counts[often], counts[~often].sum()[None]]),
+        torch.cat([expected[often], expected[~often].sum()[None]]),
+    )
     used = wanted > 0
     statistic = float(((observed[used] - wanted[used]) ** 2 / wanted[used]).sum())
     freedom = int(used.sum()) - 1
@@ -201,7 +222,11 @@ def test_bad_models_are_refused():
     with pytest.raises(ValueError, match="embed_tokens.weight has shape"):
         InProcessEngine({**model.config.to_dict(), "vocab_size": 301}, lambda: tensors, eod_id=None).sync(0)
     with pytest.raises(ValueError, match="rope_type='llama3'"):
-        InProcessEngine({**model.config.to_dict(), "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, lambda: tensors, eod_id=None).sync(0)
+        InProcessEngine(
+            {**model.config.to_dict(), "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+            lambda: tensors,
+            eod_id=None,
+        ).sync(0)
     tensors["model.norm.weight"].fill_(float("nan"))
     engine.sync(3)
     with pytest.raises(RolloutError, match="version 3 have diverged"):

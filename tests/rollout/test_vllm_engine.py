@@ -26,9 +26,19 @@ EOD = 2
 
 def make_model(seed: int, hidden: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=112, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=POSITIONS, initializer_range=0.1, eos_token_id=17)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=POSITIONS,
+            initializer_range=0.1,
+            eos_token_id=17,
+        )
+    ).eval()
 
 
 class Run:
@@ -39,13 +49,28 @@ class Run:
         self.sync_dir = folder / "policy weights"
         self.model.save_pretrained(folder / "initial")
         self.servers = LocalServers(
-            str(folder / "initial"), 1, log_dir=folder, name="rollout", ready_timeout=240, env=server_environment(), probe=probe(),
-            extra_args=server_flags(max_model_len=POSITIONS, dtype="float32"))
+            str(folder / "initial"),
+            1,
+            log_dir=folder,
+            name="rollout",
+            ready_timeout=240,
+            env=server_environment(),
+            probe=probe(),
+            extra_args=server_flags(max_model_len=POSITIONS, dtype="float32"),
+        )
 
     def engine(self, **settings) -> VllmEngine:
         settings = {"eod_id": EOD, "request_timeout": 60.0, "ready_timeout": 240.0, **settings}
-        return VllmEngine(self.servers.urls, settings.pop("api_key", self.servers.api_key), vocab_size=VOCAB, max_positions=POSITIONS,
-                          check=self.servers.check, sync_dir=self.sync_dir, export=lambda folder: self.model.save_pretrained(folder), **settings)
+        return VllmEngine(
+            self.servers.urls,
+            settings.pop("api_key", self.servers.api_key),
+            vocab_size=VOCAB,
+            max_positions=POSITIONS,
+            check=self.servers.check,
+            sync_dir=self.sync_dir,
+            export=lambda folder: self.model.save_pretrained(folder),
+            **settings,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +136,24 @@ def test_greedy(run):
     engine.expect(INITIAL)
     (rollouts,) = engine.generate(PREFIXES[:1], 2, seeds=[1], max_tokens=20)
     with torch.inference_mode():
-        expected = run.model.generate(torch.tensor(PREFIXES[:1]), do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+        expected = run.model.generate(
+            torch.tensor(PREFIXES[:1]), do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0
+        )
     assert [list(r.token_ids) for r in rollouts] == [expected[0, 32:].tolist()] * 2
     engine.close()
 
 
 def test_every_path_but_health_needs_the_key(run):
     root = run.servers.urls[0].removesuffix("/v1")
-    calls = [("POST", "/pause"), ("POST", "/collective_rpc"), ("POST", "/update_weight_version"), ("GET", "/weight_info"), ("GET", "/metrics"),
-             ("POST", "/inference/v1/generate"), ("POST", "//pause")]
+    calls = [
+        ("POST", "/pause"),
+        ("POST", "/collective_rpc"),
+        ("POST", "/update_weight_version"),
+        ("GET", "/weight_info"),
+        ("GET", "/metrics"),
+        ("POST", "/inference/v1/generate"),
+        ("POST", "//pause"),
+    ]
     for method, path in calls:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             assert httpx.request(method, root + path, headers=headers, timeout=10).status_code == 401, path
@@ -157,7 +191,11 @@ def test_a_bad_folder_never_reaches_the_server(run, engine, tmp_path):
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     make_model(0, hidden=128).save_pretrained(tmp_path / "wider")
-    for folder, message in [("absent", "nothing was pushed"), ("cut", "cannot be read .* nothing was pushed"), ("wider", "first difference: lm_head.weight")]:
+    for folder, message in [
+        ("absent", "nothing was pushed"),
+        ("cut", "cannot be read .* nothing was pushed"),
+        ("wider", "first difference: lm_head.weight"),
+    ]:
         with pytest.raises(RolloutError, match=message):
             engine.push(tmp_path / folder, 5)
     written = engine.generate(PREFIXES, 1, seeds=[1, 2, 3], max_tokens=5)
@@ -186,7 +224,10 @@ def test_a_killed_server_is_a_clear_error_in_bounded_time(run, engine):
 
 def engine_processes(servers: LocalServers) -> list[int]:
     """The processes that hold the model: descendants of this one that call themselves an engine core."""
-    rows = [line.split(None, 2) for line in subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]]
+    rows = [
+        line.split(None, 2)
+        for line in subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    ]
     parents = {int(pid): int(parent) for pid, parent, _ in rows}
 
     def ours(pid: int) -> bool:
