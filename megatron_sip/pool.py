@@ -8,10 +8,12 @@ Plain Python: no tensors, no network. "No answer" is ``None`` throughout and is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ORIGINAL, REWRITE, ROLLOUT = "original", "rewrite", "rollout"
+_DIGITS = 9  # of summed scores
 
 
 @dataclass(frozen=True)
@@ -153,18 +155,25 @@ def choose(pool: Pool, scores: Scores, quorum: float) -> Preference | Dropped:
     a term would turn a silent judge into a vote. Among equals the earlier candidate is chosen and the
     later one rejected, so that the result does not depend on the order of arrival; if all are equal, ``tie`` is set.
 
+    Sums are rounded to nine digits, or 0.2 + 0.4 would beat 0.6 + 0.0 by its rounding.
+
     Args:
         quorum: least share of a candidate's questions that must be answered, in (0, 1].
+
+    Raises:
+        ValueError: not one finite score and one share a candidate.
     """
     n = len(pool.candidates)
     for criterion in scores.criteria:
         if len(criterion.values) != n or len(criterion.answered) != n:
-            raise ValueError(f"{criterion.name}: {len(criterion.values)} scores for {n} candidates of {pool.pair}")
+            raise ValueError(f"{criterion.name}: {len(criterion.values)} scores and {len(criterion.answered)} shares for {n} candidates of {pool.pair}")
         for candidate, value, answered in zip(pool.candidates, criterion.values, criterion.answered):
             if value is None or answered < quorum:
                 return Dropped(pool.pair, "no_answer",
                                f"{criterion.name} of {candidate.label}: {answered:.0%} of its questions answered, quorum {quorum:.0%}")
-    totals = tuple(sum(c.weight * c.values[i] for c in scores.criteria) for i in range(n))
+            if not (math.isfinite(value) and math.isfinite(answered)):
+                raise ValueError(f"{criterion.name}: score {value} (answered {answered}) of {candidate.label} of {pool.pair} is not a number")
+    totals = tuple(round(math.fsum(c.weight * c.values[i] for c in scores.criteria), _DIGITS) for i in range(n))
     best, worst = max(totals), min(totals)
     chosen = totals.index(best)
     rejected = n - 1 - totals[::-1].index(worst)
