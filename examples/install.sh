@@ -21,10 +21,11 @@ log=$venv/install.log
 scratch=$venv/install.tmp
 child=
 making=
+exec 7>&2 # for messages while stderr goes to the log
 
 say() { echo "install: $*"; }
 fail() {
-    echo "install: error: $*" >&2
+    echo "install: error: $*" >&7
     exit 1
 }
 
@@ -145,7 +146,7 @@ pip() {
 }
 
 failed() {
-    tail -n 15 "$log" >&2
+    tail -n 15 "$log" >&7
     fail "$1 (all of it: $log); start the same command again when the cause is gone"
 }
 
@@ -153,7 +154,7 @@ failed() {
 run() {
     local code=0
     set -m
-    "$@" </dev/null 9<&- &
+    "$@" </dev/null 7>&- 9<&- &
     child=$!
     set +m
     wait "$child" || code=$?
@@ -172,7 +173,7 @@ stop() {
         kill -KILL -- "-$child" 2>/dev/null || true
     fi
     [[ -z $making ]] || rm -rf "$venv"
-    echo "install: $1: stopped; start the same command again to go on" >&2
+    echo "install: $1: stopped; start the same command again to go on" >&7
     exit "$2"
 }
 

@@ -27,8 +27,12 @@ export SIP_VENV=$venv
 child=
 stage=0
 began=$SECONDS
+# Temporary files of everything below; short, since names of sockets in it have 107 characters at most.
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/sip.XXXXXX")
+export TMPDIR
 
 main() {
+    trap 'rm -rf "$TMPDIR"' EXIT
     trap 'stop INT 130' INT
     trap 'stop TERM 143' TERM
     trap 'stop HUP 129' HUP
@@ -216,7 +220,7 @@ stop() {
     hurry=
     trap hurry=1 INT TERM HUP # once more: no waiting
     if [[ -n $child ]]; then
-        printf '\nquickstart: %s: stopping; training finishes its step and saves it first (again to leave at once)\n' "$1" >&2
+        printf '\nquickstart: %s: stopping in order, training saves its step first (again: at once)\n' "$1" >&2
         kill -INT "$child" 2>/dev/null || true # Python programs clean up, training saves
         gone 120 group_alive || kill -TERM -- "-$child" 2>/dev/null || true
         hurry=
