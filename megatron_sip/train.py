@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(config: RunConfig) -> int:
     # Dynamo would compile pieces of Megatron at the first step; on a CPU that costs minutes and gains nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if not os.path.exists("/dev/nvidiactl") else "0")
-    faulthandler.enable()
     from megatron_sip.data import DataError
     from megatron_sip.data.tokenizer import Tokenizer
     from megatron_sip.policy import runtime as policy_runtime
@@ -70,4 +69,5 @@ def _refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

@@ -258,6 +258,9 @@ def _configured_key(config: TeacherSection) -> str | None:
     if config.api_key_file is None:
         return os.environ.get(KEY_VARIABLE) or None
     try:
-        return config.api_key_file.read_text(encoding="utf-8").strip()
+        key = config.api_key_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise TeacherError(f"teacher.api_key_file {config.api_key_file} cannot be read: {error}; write the servers' key into it") from None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise TeacherError(f"teacher.api_key_file {config.api_key_file} holds no key: a key is one line of printable ASCII without spaces")
+    return key

@@ -4,6 +4,8 @@ In: a request (path and JSON body) and a function that reads its answer. Out: wh
 
 Promises:
 - Every attempt has a deadline, every question a number of attempts; a question that fails ends as ``None``, never as an exception.
+- While no server can be reached at all, questions wait and lose no attempts: an outage is no judgement. Who asks bounds that
+  wait by ``seconds_without_answer``.
 - No server has more than ``concurrency`` requests under way; the one with the least outstanding work is asked first.
 - A server that fails several times in a row rests; the others take its work, and one request at a time finds out whether it is back.
 - No redirect is followed and the key goes to the configured servers only.
@@ -118,7 +120,8 @@ class Fleet:
 
     async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable) -> Any:
         self._count(kind, questions=1)
-        for attempt in range(self._attempts):
+        attempt = 0
+        while attempt < self._attempts:
             if attempt:
                 self._count(kind, retries=1)
                 await asyncio.sleep(min(_LONGEST_BACKOFF, _BACKOFF * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5))
@@ -134,14 +137,16 @@ class Fleet:
                 if status != 200:
                     raise Unreadable(f"HTTP {status}")
                 self._answered(replica)
-            except (httpx.HTTPError, TimeoutError, ValueError, RecursionError):
+            except (httpx.HTTPError, TimeoutError, ValueError, RecursionError) as error:
                 self._failed(replica)
+                attempt += not self._outage(error)
                 continue
             finally:
                 await self._release(replica)
             try:
                 result = read(data, replica)
             except Unreadable:
+                attempt += 1
                 continue
             self._count(kind, latency=time.monotonic() - began)
             return result
@@ -196,6 +201,11 @@ class Fleet:
             _log.warning("teacher server %s failed %d times in a row; it rests for %.0f s at a time", replica.url, FAILURES_IN_A_ROW, REST)
         if replica.failures_in_a_row >= FAILURES_IN_A_ROW:
             replica.rests_until = time.monotonic() + REST
+
+    def _outage(self, error: Exception) -> bool:
+        """This failure tells nothing of the question: the connection failed, and so it did on every server, several times."""
+        connection = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException)
+        return connection and all(replica.failures_in_a_row >= FAILURES_IN_A_ROW for replica in self.replicas)
 
     def _refused(self, kind: str, replica: Replica, status: int, data: Any) -> None:
         self._count(kind, refused=1)

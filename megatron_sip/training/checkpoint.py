@@ -14,9 +14,12 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sip.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_sip.policy.model import Policy, make_reference, reference_sharded_state_dict
@@ -120,7 +124,8 @@ def save(config: RunConfig, runtime: Runtime, policy: Policy, optimizer: Megatro
     parallel = config.parallel
     shares = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * (runtime.dp_size if parallel.use_distributed_optimizer else 1)
     _together(runtime, lambda: _prepare(folder, aside, _bytes(state) * shares), f"checkpoint of step {progress.step}", only_rank=0)
-    _together(runtime, lambda: dist_checkpointing.save(state, str(aside), ("torch_dist", 1)), f"checkpoint of step {progress.step}")
+    with _signals_held():
+        _together(runtime, lambda: dist_checkpointing.save(state, str(aside), ("torch_dist", 1)), f"checkpoint of step {progress.step}")
     meta = {**asdict(progress), "vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer_fingerprint,
             "layout": _layout(config, runtime), "has_reference": policy.reference is not None}
     _together(runtime, lambda: _publish(config, aside, final, meta), f"checkpoint of step {progress.step}", only_rank=0)
@@ -138,8 +143,8 @@ def load(checkpoint: Path, config: RunConfig, policy: Policy, optimizer: Megatro
         make_reference(policy, config)
     try:
         state = dist_checkpointing.load(_sharded_state(policy, optimizer, scheduler, loading=True), str(checkpoint))
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}; remove the folder to resume from the one before") from error
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {_last_line(error)}; remove the folder to resume from the one before") from error
     policy.load_state_dict(state["model"])
     if policy.reference is not None:
         policy.reference.load_state_dict(state["reference"])
@@ -162,7 +167,7 @@ def _prepare(folder: Path, aside: Path, needed: int) -> None:
         shutil.rmtree(left_over)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free in {folder}; make room or lower checkpoint.keep")
+        raise OSError(f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free in {folder}; make room or lower checkpoint.keep")
     aside.mkdir()
 
 
@@ -184,14 +189,31 @@ def _publish(config: RunConfig, aside: Path, final: Path, meta: dict[str, Any]) 
         shutil.rmtree(doomed)
 
 
-def _together(runtime: Runtime, action, what: str, only_rank: int | None = None) -> None:
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver stop signals after the save, and never to its helper processes, which inherit the mask: a signal to the whole
+    process group (as schedulers send it) would end the process through which the writers report."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _last_line(error: BaseException) -> str:
+    """Megatron and torch put whole tracebacks into messages; the last line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def _together(runtime: Runtime, action: Callable[[], object], what: str, only_rank: int | None = None) -> None:
     """Run on all ranks (or one) and fail on all if it failed on any."""
     problem = None
     if only_rank is None or runtime.rank == only_rank:
         try:
             action()
-        except Exception as error:
-            problem = f"rank {runtime.rank}: {type(error).__name__}: {error}"
+        except (Exception, CheckpointException) as error:
+            problem = f"rank {runtime.rank}: {_last_line(error)}"
     problems: list[str | None] = [None] * runtime.world_size
     dist.all_gather_object(problems, problem)
     problems = [p for p in problems if p]

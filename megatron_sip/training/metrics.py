@@ -157,11 +157,19 @@ class MetricsWriter:
         metrics = {"wall": self.wall, **metrics}
         self._lines.write({"step": step, "time": time.time(), **metrics})
         self._lines.flush()
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        self._to_wandb(metrics, step)
         self._step_times = [*self._step_times[-19:], metrics["time/step"]]
         if step % self._config.log.interval == 0 or step == self._config.train.train_iters:
             say(self._line(step, metrics))
+
+    def _to_wandb(self, metrics: dict[str, float], step: int) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(metrics, step=step)
+        except Exception as error:  # its process is gone; the run is worth more than its curves, and metrics.jsonl has them all
+            say(f"WARNING: wandb stopped taking metrics ({type(error).__name__}: {error}); they go on in {self._lines.path}")
+            self._wandb = None
 
     def _line(self, step: int, m: dict[str, float]) -> str:
         total, seconds = self._config.train.train_iters, statistics.median(self._step_times)

@@ -1,0 +1,81 @@
+"""An OpenAI-compatible server whose answers follow from the question alone, so that runs can be compared bit by bit.
+
+It stands in for the teacher only where a test needs the same answers twice or a server that dies on time; the real
+vLLM server is tested in tests/teacher and in test_real_teacher.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+MODEL = "scripted"
+KEY = "scripted-key"
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256  # a client opens its whole pool of connections at once
+    daemon_threads = True
+
+
+class ScriptedTeacher:
+    """Serves in a thread. ``die_after``: the connection breaks from that many answered questions on, until ``revive``."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.answered, self.die_after, self.delay = 0, None, delay
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._reply({"data": [{"id": MODEL}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if outer.dead:
+                    self.close_connection = True
+                    return
+                time.sleep(outer.delay)
+                outer.answered += 1
+                self._reply({"choices": [{"index": 0, "message": {"content": answer(body)}, "finish_reason": "stop"}]})
+
+            def _reply(self, data: dict) -> None:
+                authorised = self.headers.get("Authorization") == f"Bearer {KEY}"
+                payload = json.dumps(data if authorised else {"error": "Unauthorized"}).encode()
+                self.send_response(200 if authorised else 401)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    @property
+    def dead(self) -> bool:
+        return self.die_after is not None and self.answered >= self.die_after
+
+    def revive(self) -> None:
+        self.die_after = None
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def answer(body: dict) -> str:
+    """A verdict among the allowed ones, or a rewrite, by the hash of the question."""
+    prompt = body["messages"][-1]["content"]
+    digest = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
+    choices = (body.get("structured_outputs") or {}).get("choice")
+    if choices:
+        return choices[digest % len(choices)]
+    return " ".join(f"word{digest >> shift & 15}" for shift in range(0, 28, 2))

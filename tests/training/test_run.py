@@ -1,0 +1,225 @@
+"""Whole runs: layouts give the same numbers, stops leave no trace, a lost teacher loses nothing, bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sip import train
+from tests.training.scripted_teacher import ScriptedTeacher
+
+EQUAL = ("loss", "loss/nll", "loss/dpo", "dpo/margin", "dpo/chosen_logp", "dpo/rejected_logp", "grad_norm", "eval/suffix_nll", "lr", "consumed_pairs",
+         "chosen/rollout", "rejected/rollout", "score/spread", "pool/tie_rate")
+
+
+def arguments(world, run: Path, url: str, *overrides: str) -> list[str]:
+    return ["--config", str(world.config), f"run.dir={run}", f"teacher.urls=[{url}]", *overrides]
+
+
+def execute(args: list[str], processes: int = 1) -> subprocess.Popen:
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                                                        "--master_addr", "127.0.0.1", "--rdzv_endpoint", "127.0.0.1:0", "--rdzv_backend", "c10d"]
+    return subprocess.Popen([*launcher, "-m", "megatron_sip.train", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run that was never stopped, with its outcomes recorded."""
+    teacher = ScriptedTeacher()
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    code = train.main(arguments(world, run, teacher.url, f"debug.save_pools={run / 'pools.jsonl'}", "checkpoint.keep=9"))
+    teacher.close()
+    assert code == 0
+    return run
+
+
+def assert_same(metrics: dict, expected: dict, tolerance: float = 0.0) -> None:
+    assert sorted(metrics) == sorted(expected)
+    for step, record in expected.items():
+        for key in EQUAL:
+            assert (key in record) == (key in metrics[step]), (step, key)
+            if key in record:
+                assert metrics[step][key] == pytest.approx(record[key], rel=tolerance, abs=tolerance), (step, key)
+
+
+def test_a_run_writes_what_people_look_at(world, whole):
+    metrics = world.metrics(whole)
+    assert sorted(metrics) == [1, 2, 3, 4, 5, 6]
+    assert "loss/dpo" not in metrics[1] and metrics[1]["consumed_pairs"] == 8  # the first step is plain next-token prediction
+    last = metrics[6]
+    assert last["chosen/original"] + last["chosen/rewrite"] + last["chosen/rollout"] == pytest.approx(1)
+    assert last["chosen/rollout_chance"] == 0.5 and last["judge/questions"] == 8 * 6 * 2 and last["judge/no_answer_rate"] == 0
+    assert 0 <= last["judge/order_flip_rate"] <= 1 and last["rollout/logprob_diff"] < 1e-4 and last["rollout/length"] <= 16
+    assert all(record["time/step"] >= record["time/wait_judge"] >= 0 for record in metrics.values())
+    audit = [json.loads(line) for line in (whole / "audit.jsonl").read_text().splitlines()]
+    pools = [record for record in audit if record["step"] == 6]
+    assert [c["label"] for c in pools[0]["candidates"]] == ["original", "rewrite", "rollout 0", "rollout 1"]
+    assert [p.name for p in sorted((whole / "checkpoints").glob("iter_*"))] == ["iter_0000002", "iter_0000004", "iter_0000006"]
+    assert (whole / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "6"
+
+
+def test_a_finished_run_has_nothing_to_do(world, whole, scripted, capsys):
+    assert train.main(arguments(world, whole, scripted.url)) == 0
+    assert "nothing to do" in capsys.readouterr().out and scripted.answered == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "use_distributed_optimizer=true"])
+def test_two_processes_give_one_process_numbers(world, whole, scripted, tmp_path, layout):
+    """Replayed outcomes, the same initial weights. float32 sums in another order: about 1e-6 relative a step, ten-fold after six."""
+    run = tmp_path / "run"
+    sequence = ["parallel.sequence_parallel=true"] if layout.startswith("tensor") else []
+    output = finish(execute(arguments(world, run, scripted.url, f"parallel.{layout}", *sequence, f"debug.load_pools={whole / 'pools.jsonl'}"), processes=2))
+    metrics, expected = world.metrics(run), world.metrics(whole)
+    assert sorted(metrics) == sorted(expected), output
+    for step, record in expected.items():
+        for key in ("loss", "loss/nll", "loss/dpo", "dpo/chosen_logp", "dpo/rejected_logp", "grad_norm", "eval/suffix_nll"):
+            if key in record:
+                assert metrics[step][key] == pytest.approx(record[key], rel=1e-5), (step, key)
+    assert scripted.answered == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGKILL, -9)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(world, whole, tmp_path, number, code):
+    teacher, run = ScriptedTeacher(delay=0.02), tmp_path / "run"
+    args = arguments(world, run, teacher.url, f"debug.save_pools={run / 'pools.jsonl'}")
+    process = execute(args)
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.02)
+    os.killpg(process.pid, number)  # the whole group, as schedulers do
+    output = finish(process)
+    assert process.returncode == code, output
+    assert train.main(args) == 0
+    teacher.close()
+    assert_same(world.metrics(run), world.metrics(whole))
+    recorded = [(r["step"], str((r.get("preference") or r["dropped"])["pair"])) for r in map(json.loads, (run / "pools.jsonl.dp0").read_text().splitlines())]
+    assert len(recorded) == len(set(recorded)) == 6 * 8  # every pair of every step exactly once
+
+
+def test_a_lost_teacher_stops_the_run_in_order_and_loses_nothing(world, whole, scripted, tmp_path, capsys):
+    args = arguments(world, tmp_path / "run", scripted.url)
+    scripted.die_after = 250  # in the third step
+    began = time.monotonic()
+    assert train.main(args) == 86
+    assert time.monotonic() - began < 120
+    output = capsys.readouterr().out
+    assert "no teacher server has answered for" in output and scripted.url in output and "start the same command again" in output
+    scripted.revive()
+    assert train.main(args) == 0
+    assert_same(world.metrics(tmp_path / "run"), world.metrics(whole))
+
+
+def test_a_short_outage_is_waited_out(world, whole, scripted, tmp_path):
+    scripted.die_after = 250
+
+    def revive_soon():
+        while not scripted.dead:
+            time.sleep(0.05)
+        time.sleep(4)
+        scripted.revive()
+
+    threading.Thread(target=revive_soon, daemon=True).start()
+    assert train.main(arguments(world, tmp_path / "run", scripted.url, "teacher.outage_timeout=60")) == 0
+    assert_same(world.metrics(tmp_path / "run"), world.metrics(whole))
+
+
+def refused(args: list[str], capsys) -> str:
+    assert train.main(args) == 2
+    return capsys.readouterr().err
+
+
+def test_bad_input_is_refused_with_a_remedy(world, scripted, tmp_path, capsys):
+    def ask(*overrides, url=scripted.url):
+        return refused(arguments(world, tmp_path / "run", url, *overrides), capsys)
+
+    assert "tokenizer nowhere.model cannot be read" in ask("data.tokenizer_model=nowhere.model")
+    assert "does not exist" in ask("data.blend=[[1.0, nowhere]]")
+    assert "data.blend is empty" in ask("data.blend=[]")
+    assert "serves scripted, not teacher.model=other" in ask("teacher.model=other")
+    (tmp_path / "key").write_text("wrong")
+    assert "refuses the key (HTTP 401)" in ask(f"teacher.api_key_file={tmp_path / 'key'}")
+    (tmp_path / "key").write_text("secret with spaces")
+    error = ask(f"teacher.api_key_file={tmp_path / 'key'}")
+    assert "holds no key" in error and "secret" not in error
+    assert "did not answer within teacher.ready_timeout=2 s" in ask("teacher.ready_timeout=2", url="http://127.0.0.1:9/v1")
+    assert "neither gone.jsonl nor gone.jsonl.dp* exists" in ask("debug.load_pools=gone.jsonl")
+    assert "is not divisible by" in ask("train.global_batch_size=9")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(world, scripted, tmp_path, capsys):
+    from tests.conftest import standard_library
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(standard_library(5)[0].splitlines()), model_prefix=str(tmp_path / "other"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, minloglevel=2)
+    error = refused(arguments(world, tmp_path / "run", scripted.url, f"data.tokenizer_model={tmp_path / 'other.model'}", "model.init_from=null"), capsys)
+    assert "was made with another tokenizer" in error
+
+
+def test_another_config_layout_or_a_damaged_checkpoint_is_refused_on_resume(world, whole, scripted, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "iter_0000006")
+    error = refused(arguments(world, run, scripted.url, "optimizer.lr=0.02", "pool.rollouts=1"), capsys)
+    assert "optimizer.lr: 0.01 -> 0.02" in error and "pool.rollouts: 2 -> 1" in error and "checkpoint.allow_config_change=true" in error
+    error = refused(arguments(world, run, scripted.url, "parallel.use_distributed_optimizer=true"), capsys)
+    assert "keep that setting" in error
+    meta = run / "checkpoints" / "iter_0000004" / "meta.json"
+    saved = meta.read_text()
+    meta.write_text(saved.replace('"tensor_model_parallel_size": 1', '"tensor_model_parallel_size": 2'))
+    assert "checkpoint.allow_layout_change=true" in refused(arguments(world, run, scripted.url), capsys)
+    meta.write_text(saved[:40])
+    assert "iter_0000004 is not a whole checkpoint" in refused(arguments(world, run, scripted.url), capsys)
+    meta.write_text(saved)
+    largest = max((run / "checkpoints" / "iter_0000004").glob("*.distcp"), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    assert "iter_0000004 cannot be loaded" in refused(arguments(world, run, scripted.url), capsys)
+    shutil.rmtree(run / "checkpoints" / "iter_0000004")  # the remedy that the message names
+    assert train.main(arguments(world, run, scripted.url)) == 0
+    assert_same(world.metrics(run), world.metrics(whole))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_does_not_stop_training_and_keeps_the_old_checkpoint(world, scripted, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mount is not allowed here")
+    try:
+        run, ballast = disk / "run", disk / "ballast"
+        assert train.main(arguments(world, run, scripted.url, "train.exit_after=2")) == 85
+        ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - 300_000))
+        capsys.readouterr()
+        assert train.main(arguments(world, run, scripted.url)) == 1
+        output = capsys.readouterr().out
+        assert "WARNING: checkpoint of step 4 was not written; the one before stays" in output and "Training goes on" in output
+        assert "MiB free" in output and [p.name for p in (run / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+        ballast.unlink()
+        assert train.main(arguments(world, run, scripted.url)) == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
