@@ -9,6 +9,7 @@ Unknown keys, wrong types and impossible parallel layouts are refused here, befo
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -295,7 +296,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply dotted ``key=value`` overrides (values are parsed as YAML).
 
-    A file may start from another one with ``base: other.yaml`` (relative to itself); its own keys win.
+    A file may start from another one with ``base: other.yaml`` (relative to itself); its own keys win. Overrides win over both.
+    Sections are merged key by key; lists are replaced whole.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key (with the nearest real one), wrong value.
@@ -316,7 +318,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             if not isinstance(child, dict):
                 raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
             node = child
-        node[leaf] = value
+        node[leaf] = _merge(node[leaf], value) if isinstance(value, dict) and isinstance(node.get(leaf), dict) else value
     unknown = list(_unknown_keys(tree, RunConfig, ""))
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -333,15 +335,26 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-6 as text; here it is a number, as in every other tool of the field."""
+    """YAML 1.1 reads 5e-6 as text; here it is a number, as in every other tool of the field. A key that comes twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} comes twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that :class:`_Loader` would read as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -361,6 +374,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     base = tree.pop("base", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"config file {path}: base must name one file, not {base!r}")
     return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), tree)
 
 
@@ -429,4 +444,4 @@ def describe() -> str:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that :func:`load_config` reads back to an equal tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sip.pool import ORIGINAL, REWRITE, ROLLOUT, Candidate, Criterion, Dropped, PairId, Pool, Preference, Scores, choose
@@ -25,7 +25,9 @@ def make_pool(n: int) -> Pool:
 
 def criterion(values, weight: float = 1.0, answered=None, name: str = "quality") -> Criterion:
     values = tuple(None if value is None else float(value) for value in values)
-    return Criterion(name, weight, values, tuple(answered) if answered is not None else tuple(float(v is not None) for v in values))
+    return Criterion(
+        name, weight, values, tuple(answered) if answered is not None else tuple(float(v is not None) for v in values)
+    )
 
 
 def oracle(columns: list[tuple[Fraction | None, ...]], weights: list[Fraction]) -> tuple[int, int, bool] | None:
@@ -42,7 +44,11 @@ def oracle(columns: list[tuple[Fraction | None, ...]], weights: list[Fraction]) 
 def outcome_of(pool: Pool, result: Preference | Dropped) -> tuple[int, int | None, bool] | None:
     if isinstance(result, Dropped):
         return None
-    return pool.candidates.index(result.chosen), None if result.rejected is None else pool.candidates.index(result.rejected), result.tie
+    return (
+        pool.candidates.index(result.chosen),
+        None if result.rejected is None else pool.candidates.index(result.rejected),
+        result.tie,
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -68,7 +74,9 @@ def test_three_weighted_criteria_every_pool_of_two() -> None:
     grid = [Fraction(0), Fraction(1, 10), Fraction(3, 10)]
     for flat in itertools.product(grid, repeat=6):
         columns = [flat[0:2], flat[2:4], flat[4:6]]
-        scores = Scores(tuple(criterion(column, float(weight), name=str(i)) for i, (column, weight) in enumerate(zip(columns, weights))))
+        scores = Scores(
+            tuple(criterion(column, float(weight), name=str(i)) for i, (column, weight) in enumerate(zip(columns, weights)))
+        )
         assert outcome_of(pool, choose(pool, scores, 0.5)) == oracle(columns, weights), flat
 
 
@@ -79,12 +87,18 @@ def judged_pools(draw, answered: bool = True) -> tuple[Pool, Scores]:
     n = len(pool.candidates)
     value = st.integers(-128, 128).map(lambda k: k / 64)
     criteria = tuple(
-        criterion(draw(st.lists(value, min_size=n, max_size=n)), draw(st.sampled_from([0.5, 1.0, 2.0, -1.0])), name=f"criterion {i}",
-                  answered=draw(st.lists(st.floats(0.5, 1.0), min_size=n, max_size=n)))
-        for i in range(draw(st.integers(1, 3))))
+        criterion(
+            draw(st.lists(value, min_size=n, max_size=n)),
+            draw(st.sampled_from([0.5, 1.0, 2.0, -1.0])),
+            name=f"criterion {i}",
+            answered=draw(st.lists(st.floats(0.5, 1.0), min_size=n, max_size=n)),
+        )
+        for i in range(draw(st.integers(1, 3)))
+    )
     return pool, Scores(criteria)
 
 
+@settings(deadline=None)
 @given(judged_pools())
 def test_highest_sum_is_chosen_and_lowest_rejected(case: tuple[Pool, Scores]) -> None:
     pool, scores = case
@@ -99,6 +113,7 @@ def test_highest_sum_is_chosen_and_lowest_rejected(case: tuple[Pool, Scores]) ->
     assert choose(pool, scores, 0.5) == result
 
 
+@settings(deadline=None)
 @given(judged_pools(), st.data())
 def test_no_answer_never_becomes_a_vote(case: tuple[Pool, Scores], data: st.DataObject) -> None:
     """Without any one value, or with any one share below the quorum, the pair is dropped: no other winner, no tie."""
@@ -120,13 +135,18 @@ def test_no_answer_never_becomes_a_vote(case: tuple[Pool, Scores], data: st.Data
         assert hit.name in dropped.detail and pool.candidates[i].label in dropped.detail
 
 
+@settings(deadline=None)
 @given(judged_pools(), st.data())
 def test_order_of_candidates_decides_among_equals_only(case: tuple[Pool, Scores], data: st.DataObject) -> None:
     pool, scores = case
     order = data.draw(st.permutations(range(len(pool.candidates))))
     moved = replace(pool, candidates=tuple(pool.candidates[i] for i in order))
-    moved_scores = Scores(tuple(replace(c, values=tuple(c.values[i] for i in order), answered=tuple(c.answered[i] for i in order))
-                                for c in scores.criteria))
+    moved_scores = Scores(
+        tuple(
+            replace(c, values=tuple(c.values[i] for i in order), answered=tuple(c.answered[i] for i in order))
+            for c in scores.criteria
+        )
+    )
     before, after = choose(pool, scores, 0.5), choose(moved, moved_scores, 0.5)
     assert after.totals == tuple(before.totals[i] for i in order)
     assert after.tie == before.tie
@@ -138,6 +158,7 @@ def test_order_of_candidates_decides_among_equals_only(case: tuple[Pool, Scores]
         assert after.rejected == before.rejected
 
 
+@settings(deadline=None)
 @given(judged_pools(), st.data())
 def test_order_of_criteria_decides_nothing(case: tuple[Pool, Scores], data: st.DataObject) -> None:
     pool, scores = case
@@ -147,7 +168,9 @@ def test_order_of_criteria_decides_nothing(case: tuple[Pool, Scores], data: st.D
 def test_order_of_criteria_decides_nothing_where_floats_round() -> None:
     """(0.1 + 0.2) + 0.3 and (0.3 + 0.2) + 0.1 are two floats but one score."""
     pool = make_pool(2)
-    result = choose(pool, Scores(tuple(criterion(values, name=str(values)) for values in ((0.1, 0.3), (0.2, 0.2), (0.3, 0.1)))), 0.5)
+    result = choose(
+        pool, Scores(tuple(criterion(values, name=str(values)) for values in ((0.1, 0.3), (0.2, 0.2), (0.3, 0.1)))), 0.5
+    )
     assert result.tie and result.totals == (0.6, 0.6)
 
 
@@ -158,7 +181,9 @@ def test_among_equals_the_earlier_is_chosen_and_the_later_rejected() -> None:
     assert outcome_of(pool, choose(pool, Scores((criterion((1, 1, 1, 1)),)), 0.5)) == (0, 3, True)
 
 
-@pytest.mark.parametrize(("quorum", "share", "kept"), [(0.5, 0.5, True), (0.5, 0.49, False), (1.0, 1.0, True), (1.0, 0.99, False), (0.01, 0.01, True)])
+@pytest.mark.parametrize(
+    ("quorum", "share", "kept"), [(0.5, 0.5, True), (0.5, 0.49, False), (1.0, 1.0, True), (1.0, 0.99, False), (0.01, 0.01, True)]
+)
 def test_the_quorum_itself_is_enough(quorum: float, share: float, kept: bool) -> None:
     pool = make_pool(2)
     result = choose(pool, Scores((criterion((1, 0), answered=(1.0, share)),)), quorum)
@@ -167,9 +192,14 @@ def test_the_quorum_itself_is_enough(quorum: float, share: float, kept: bool) ->
         assert result.detail == f"quality of rewrite: {share:.0%} of its questions answered, quorum {quorum:.0%}"
 
 
-@pytest.mark.parametrize(("values", "answered"), [((1.0,), (1.0, 1.0)), ((1.0, 0.0, 1.0), (1.0, 1.0)), ((1.0, 0.0), (1.0,)), ((1.0, 0.0), (1.0, 1.0, 1.0))])
+@pytest.mark.parametrize(
+    ("values", "answered"),
+    [((1.0,), (1.0, 1.0)), ((1.0, 0.0, 1.0), (1.0, 1.0)), ((1.0, 0.0), (1.0,)), ((1.0, 0.0), (1.0, 1.0, 1.0))],
+)
 def test_scores_of_another_number_of_candidates_are_refused(values: tuple, answered: tuple) -> None:
-    with pytest.raises(ValueError, match=f"quality: {len(values)} scores and {len(answered)} shares for 2 candidates of tokens/wiki:7:128"):
+    with pytest.raises(
+        ValueError, match=f"quality: {len(values)} scores and {len(answered)} shares for 2 candidates of tokens/wiki:7:128"
+    ):
         choose(make_pool(2), Scores((Criterion("quality", 1.0, values, answered),)), 0.5)
 
 
@@ -186,17 +216,28 @@ def test_a_pool_of_one_has_nothing_to_reject() -> None:
     assert result.rejected is None and result.chosen.source == ORIGINAL and result.pool_size == 1
 
 
+@settings(deadline=None)
 @given(judged_pools(), st.booleans())
 def test_json_round_trip(case: tuple[Pool, Scores], with_logprobs: bool) -> None:
     pool, scores = case
     if with_logprobs:
-        pool = replace(pool, candidates=tuple(replace(c, logprobs=(-0.1, -1 / 3), weights_version=12, text="é ☃ \u2028") for c in pool.candidates))
+        pool = replace(
+            pool,
+            candidates=tuple(replace(c, logprobs=(-0.1, -1 / 3), weights_version=12, text="é ☃ \u2028") for c in pool.candidates),
+        )
     result = choose(pool, scores, 0.5)
     assert Preference.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
-@pytest.mark.parametrize("damage", [lambda d: d.pop("chosen"), lambda d: d.update(surprise=1), lambda d: d["pair"].pop("offset"),
-                                    lambda d: d["chosen"].update(surprise=1)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("chosen"),
+        lambda d: d.update(surprise=1),
+        lambda d: d["pair"].pop("offset"),
+        lambda d: d["chosen"].update(surprise=1),
+    ],
+)
 def test_json_of_another_form_is_refused(damage) -> None:
     data = choose(make_pool(2), Scores((criterion((1, 0)),)), 0.5).to_json()
     damage(data)

@@ -35,13 +35,20 @@ def test_every_pool_of_up_to_four() -> None:
             else:
                 missing = REWRITE if REWRITE not in sources else ROLLOUT
                 assert isinstance(result, Dropped)
-                assert (result.pair, result.reason, result.detail) == (PAIR, f"no_{missing}", f"rewrite_over_rollout needs a {missing}")
+                assert (result.pair, result.reason, result.detail) == (
+                    PAIR,
+                    f"no_{missing}",
+                    f"rewrite_over_rollout needs a {missing}",
+                )
                 continue
             assert result.rollouts == sources.count(ROLLOUT)
             assert Preference.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
-@pytest.mark.parametrize(("source", "index", "label"), [(ORIGINAL, 0, "original"), (REWRITE, 0, "rewrite"), (ROLLOUT, 0, "rollout 0"), (ROLLOUT, 15, "rollout 15")])
+@pytest.mark.parametrize(
+    ("source", "index", "label"),
+    [(ORIGINAL, 0, "original"), (REWRITE, 0, "rewrite"), (ROLLOUT, 0, "rollout 0"), (ROLLOUT, 15, "rollout 15")],
+)
 def test_labels_tell_rollouts_apart(source: str, index: int, label: str) -> None:
     assert Candidate(source, (1,), "", index=index).label == label
 
