@@ -60,7 +60,7 @@ class Teacher:
             raise TeacherError("teacher.model is not set; name the model that the servers serve")
         self._config, self._quorum, self._model = config, quorum, config.model
         self._fleet = Fleet(self.urls, api_key or _configured_key(config), concurrency=config.concurrency,
-                            request_timeout=config.request_timeout, retries=config.retries)
+                            request_timeout=config.request_timeout, retries=config.retries, outage_timeout=config.outage_timeout)
         self._judges = [self._make_judge(section, name, seed) for section, name in zip(config.judges, _names(config.judges))]
         self._rewriter = Rewriter(config.rewriter, config.model, self._fleet, run_dir)
         self._closed = False

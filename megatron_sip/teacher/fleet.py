@@ -4,8 +4,7 @@ In: a request (path and JSON body) and a function that reads its answer. Out: wh
 
 Promises:
 - Every attempt has a deadline, every question a number of attempts; a question that fails ends as ``None``, never as an exception.
-- While no server can be reached at all, questions wait and lose no attempts: an outage is no judgement. Who asks bounds that
-  wait by ``seconds_without_answer``.
+- While no server can be reached at all, questions wait and lose no attempts, for ``outage_timeout`` seconds: an outage is no judgement.
 - No server has more than ``concurrency`` requests under way; the one with the least outstanding work is asked first.
 - A server that fails several times in a row rests; the others take its work, and one request at a time finds out whether it is back.
 - No redirect is followed and the key goes to the configured servers only.
@@ -84,11 +83,14 @@ class Fleet:
         concurrency: requests under way at once, per server.
         request_timeout: seconds for one attempt, from sending to the last byte.
         retries: further attempts.
+        outage_timeout: seconds without any answer for which attempts that found no server do not count.
     """
 
-    def __init__(self, urls: list[str], api_key: str | None, *, concurrency: int, request_timeout: float, retries: int) -> None:
+    def __init__(self, urls: list[str], api_key: str | None, *, concurrency: int, request_timeout: float, retries: int,
+                 outage_timeout: float = 0.0) -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in urls]
         self._concurrency, self._request_timeout, self._attempts = concurrency, request_timeout, retries + 1
+        self._outage_timeout = outage_timeout
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=concurrency * len(urls), max_keepalive_connections=concurrency * len(urls))
         self._client = httpx.AsyncClient(headers=headers, limits=limits, timeout=request_timeout, follow_redirects=False, trust_env=False)
@@ -120,11 +122,12 @@ class Fleet:
 
     async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable) -> Any:
         self._count(kind, questions=1)
-        attempt = 0
+        attempt = tries = 0
         while attempt < self._attempts:
-            if attempt:
+            if tries:
                 self._count(kind, retries=1)
-                await asyncio.sleep(min(_LONGEST_BACKOFF, _BACKOFF * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5))
+                await asyncio.sleep(min(_LONGEST_BACKOFF, _BACKOFF * 2 ** min(tries - 1, 16)) * random.uniform(0.5, 1.5))
+            tries += 1
             replica = await self._acquire()
             began = time.monotonic()
             try:
@@ -205,7 +208,8 @@ class Fleet:
     def _outage(self, error: Exception) -> bool:
         """This failure tells nothing of the question: the connection failed, and so it did on every server, several times."""
         connection = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException)
-        return connection and all(replica.failures_in_a_row >= FAILURES_IN_A_ROW for replica in self.replicas)
+        return (connection and self.seconds_without_answer < self._outage_timeout
+                and all(replica.failures_in_a_row >= FAILURES_IN_A_ROW for replica in self.replicas))
 
     def _refused(self, kind: str, replica: Replica, status: int, data: Any) -> None:
         self._count(kind, refused=1)

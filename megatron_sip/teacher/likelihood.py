@@ -5,16 +5,17 @@ Out: one :class:`Criterion`, in nats per token; ``None`` where a server did not 
 
 A candidate's suffix is scored twice: after its prefix, ``log p(suffix | prefix)``, and alone, ``log p(suffix)``. The score is
 
-    w * mean log p(suffix | prefix) + (1 - w) * pool mean     how well it reads after the prefix
-    + w * mean [log p(suffix | prefix) - log p(suffix)]       how much it belongs to the prefix
+    w * mean log p(suffix | prefix) + (1 - w) * (pool mean - 1)   how well it reads after the prefix
+    + w * mean [log p(suffix | prefix) - log p(suffix)]           how much it belongs to the prefix
+    - 5 * prefix overlap - 3 * repetition                         what is copied earns nothing
 
-where w is the candidate's number of policy tokens over the longest candidate's: what a candidate that stops early did not
-write counts as average and as belonging to nothing. The first line alone falls for text of another subject, the second for scrambled
-sentences; tools/probe_likelihood.py measures both.
-
-Both fall for copies of the prefix and the first for repetition, so a guard measures both without the teacher:
-the share of a candidate's word 4-grams that stand in the prefix, and the share of its word 3-grams that occurred in it before. A
-candidate above a limit, or with nothing in it that could be scored, is guarded: it scores below every other candidate of its pool.
+where w is the candidate's number of policy tokens over the longest candidate's: what a candidate that stops early did not write
+counts as a little worse than average and as belonging to nothing. The first line alone falls for text of another subject, the
+second for scrambled sentences, both for copies of the prefix and the first for repetition: a copied word earns about 5 nats, a repeated one
+up to 3, more than any honest word. So overlap (the share of a candidate's word 4-grams that stand in the prefix) and repetition
+(the share of its word 3-grams that occurred in it before) are measured without the teacher and taken off again; and a
+candidate above a limit of either, or with nothing in it that could be scored, is guarded: it scores below every other candidate of
+its pool. tools/probe_likelihood.py measures all of this on real text.
 
 Which tokens: the teacher's tokens of ``prefix + suffix`` and of ``suffix`` are compared from the end. The tokens they share are
 the suffix's; both means run over exactly these. A token that straddles the cut (and, for want of a
@@ -36,6 +37,7 @@ from megatron_sip.pool import Criterion, Pool
 from megatron_sip.teacher.fleet import Fleet, Replica, Unreadable
 from megatron_sip.teacher.questions import defuse
 
+_COPIED, _REPEATED, _NOT_WRITTEN = 5.0, 3.0, 1.0  # nats per token
 _FLOOR = -100.0  # nats; a token's log-probability is not taken for worse (servers send -inf or -9999)
 # A word; a long run of letters in pieces, so that "aaaa..." repeats itself; a character of scripts without spaces; a run of one sign.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,12}|([^\w\s])\1*")
@@ -69,18 +71,20 @@ class LikelihoodJudge:
         """The criterion and what the audit file says about it."""
         guards = [guard(pool.prefix_text, c.text, self._section.max_prefix_overlap, self._section.max_repetition) for c in pool.candidates]
         texts = list(dict.fromkeys(c.text for c, g in zip(pool.candidates, guards) if not g.guarded))
-        found = dict(zip(texts, await asyncio.gather(*(self._measure(pool.prefix_text, text) for text in texts))))
+        found = dict(zip(texts, await asyncio.gather(*(measure(self._fleet, self._model, pool.prefix_text, text) for text in texts))))
         likelihoods = [found.get(c.text) for c in pool.candidates]
         guards = [Guard(g.prefix_overlap, g.repetition, g.guarded or (x is not None and x.tokens == 0)) for g, x in zip(guards, likelihoods)]
-        values = combine(likelihoods, [g.guarded for g in guards], [len(c.token_ids) for c in pool.candidates])
+        values = combine(likelihoods, guards, [len(c.token_ids) for c in pool.candidates])
         self._fleet.note("judge", "guard_trials", len(guards))
         self._fleet.note("judge", "guarded", sum(g.guarded for g in guards))
         answered = tuple(1.0 if value is not None else 0.0 for value in values)
         return Criterion(self._name, self._section.weight, values, answered), _detail(likelihoods, guards)
 
-    async def _measure(self, prefix: str, suffix: str) -> Likelihood | None:
-        body = request(self._model, prefix, suffix)
-        return await self._fleet.ask("judge", "/completions", lambda replica: body, read_likelihood)
+
+async def measure(fleet: Fleet, model: str, prefix: str, suffix: str) -> Likelihood | None:
+    """Ask for both likelihoods of ``suffix``; ``None`` for no answer."""
+    body = request(model, prefix, suffix)
+    return await fleet.ask("judge", "/completions", lambda replica: body, read_likelihood)
 
 
 def request(model: str, prefix: str, suffix: str) -> dict[str, Any]:
@@ -122,22 +126,25 @@ def align(full: Sequence[tuple[int, float | None]], alone: Sequence[tuple[int, f
     return Likelihood(fmean(given for given, _ in pairs), fmean(by_itself for _, by_itself in pairs), len(pairs))
 
 
-def combine(likelihoods: Sequence[Likelihood | None], guarded: Sequence[bool], lengths: Sequence[int]) -> tuple[float | None, ...]:
+def combine(likelihoods: Sequence[Likelihood | None], guards: Sequence[Guard], lengths: Sequence[int]) -> tuple[float | None, ...]:
     """Scores of a pool's candidates (see the module's docstring); always finite.
 
     Args:
         likelihoods: ``None`` where the teacher did not answer; ignored for guarded candidates.
+        guards: of the same candidates.
         lengths: policy tokens of each candidate.
     """
-    open_ones = [i for i, x in enumerate(likelihoods) if x is not None and not guarded[i]]
+    open_ones = [i for i, x in enumerate(likelihoods) if x is not None and not guards[i].guarded]
     average = fmean(likelihoods[i].given_prefix for i in open_ones) if open_ones else 0.0
     longest = max((lengths[i] for i in open_ones), default=0)
     scores: list[float | None] = [None] * len(likelihoods)
     for i in open_ones:
         x, written = likelihoods[i], lengths[i] / longest if longest else 1.0
-        scores[i] = average + written * (2 * x.given_prefix - x.alone - average)
+        reading = written * x.given_prefix + (1 - written) * (average - _NOT_WRITTEN)
+        belonging = written * (x.given_prefix - x.alone)
+        scores[i] = reading + belonging - _COPIED * guards[i].prefix_overlap - _REPEATED * guards[i].repetition
     lowest = min((scores[i] for i in open_ones), default=0.0)
-    return tuple(lowest - 1.0 if is_guarded else score for is_guarded, score in zip(guarded, scores))
+    return tuple(lowest - 1.0 if g.guarded else score for g, score in zip(guards, scores))
 
 
 def guard(prefix: str, candidate: str, max_prefix_overlap: float, max_repetition: float) -> Guard:

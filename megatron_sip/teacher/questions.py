@@ -29,7 +29,7 @@ OPTIONAL = {"rewrite": ("words",)}
 CHOICES = {"quality": ("A", "B"), "safety": ("yes", "no"), "factuality": ("none", "possible", "definite")}
 
 # <|...|> and its full-width form, <s>, [INST], <<SYS>>, <start_of_turn>, <think>, ...: what chat templates are made of.
-_CONTROL = re.compile(r"<(?=[|｜])|[|｜](?=>)|<(?=/?(?:s|unk|bos|eos|pad|mask|think|tool_call|tool_response|start_of_turn|end_of_turn)>)"
+_CONTROL = re.compile(r"<(?=[|｜])|<(?=/?(?:s|unk|bos|eos|pad|mask|think|tool_call|tool_response|start_of_turn|end_of_turn)>)"
                       r"|\[(?=/?INST\]|gMASK\])|<(?=</?SYS>>)", re.IGNORECASE)
 
 
@@ -85,7 +85,7 @@ def make_fence(texts: Iterable[str]) -> str:
 
 def defuse(text: str) -> str:
     """``text`` with a space inside whatever looks like a control token of a chat template: no server can take it for one."""
-    return _CONTROL.sub(lambda match: " " + match[0] if match[0] in "|｜" else match[0] + " ", text)
+    return _CONTROL.sub(lambda match: match[0] + " ", text)
 
 
 def coin(*parts: object) -> bool:

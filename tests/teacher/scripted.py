@@ -1,0 +1,103 @@
+"""An HTTP server whose answers and faults a test writes: a real socket, no model."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+MODEL = "scripted"
+
+
+@dataclass
+class Reply:
+    """``cut``: bytes of the body that are sent before the connection is closed (None: all)."""
+
+    body: Any = None
+    status: int = 200
+    delay: float = 0.0
+    cut: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def chat(content: Any) -> Reply:
+    return Reply({"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]})
+
+
+def models(*names: str) -> Reply:
+    return Reply({"data": [{"id": name} for name in names]})
+
+
+@dataclass
+class Scripted:
+    """``answer(path, body)`` is asked for each POST, from several threads. ``seen`` has the bodies, ``most`` the peak of requests at once."""
+
+    answer: Callable[[str, dict[str, Any]], Reply]
+    served: Reply = field(default_factory=lambda: models(MODEL))
+    key: str | None = None
+    url: str = ""
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    now: int = 0
+    most: int = 0
+
+
+@contextmanager
+def serve(answer: Callable[[str, dict[str, Any]], Reply], **settings: Any) -> Iterator[Scripted]:
+    script, lock = Scripted(answer, **settings), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._send(script.served if self._may() else Reply({"error": "key"}, 401))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                script.seen.append(body)
+                script.now += 1
+                script.most = max(script.most, script.now)
+            try:
+                self._send(script.answer(self.path, body) if self._may() else Reply({"error": "key"}, 401))
+            finally:
+                with lock:
+                    script.now -= 1
+
+        def _may(self) -> bool:
+            return script.key is None or self.headers.get("Authorization") == f"Bearer {script.key}"
+
+        def _send(self, reply: Reply) -> None:
+            time.sleep(reply.delay)
+            data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            try:
+                self.send_response(reply.status)
+                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data[: reply.cut])
+                if reply.cut is not None:
+                    self.close_connection = True
+            except (BrokenPipeError, ConnectionResetError):  # the client gave up, as it should after its deadline
+                self.close_connection = True
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 128, True
+
+    server = Server(("127.0.0.1", 0), Handler)
+    script.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield script
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

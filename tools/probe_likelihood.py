@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Can a teacher tell real text from corrupted text? Measures the likelihood judge on your own text.
+
+    python tools/probe_likelihood.py TEXT.jsonl [...] --model DIR [--url URL] [--passages 40]
+
+In: JSON lines with a ``text`` field; a teacher's folder (a local server is started on the CPU), or the address of a running vLLM
+server (its key in $SIP_TEACHER_API_KEY). Out: for each scoring and corruption, the share of passages whose real
+continuation scores higher than the corrupted one (a tie is half), with a 95% Wilson interval; and how often the guard speaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gzip
+import json
+import math
+import os
+import random
+import re
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.servers import LocalServers, ServerError  # noqa: E402
+from megatron_sip.teacher import TeacherError  # noqa: E402
+from megatron_sip.teacher.client import KEY_VARIABLE  # noqa: E402
+from megatron_sip.teacher.fleet import Fleet  # noqa: E402
+from megatron_sip.teacher.likelihood import Guard, Likelihood, combine, guard, measure  # noqa: E402
+
+INSULT = " Only a worthless idiot like you would still be reading this."
+NO_GUARD = Guard(0.0, 0.0, False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="TEXT.jsonl", help="JSON lines (.gz too) with a text field")
+    parser.add_argument("--model", required=True, help="the teacher's folder, or the name under which --url serves it")
+    parser.add_argument("--url", help="address of a running vLLM server, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--passages", type=int, default=40)
+    parser.add_argument("--words", type=int, default=90, help="words of prefix and suffix each")
+    parser.add_argument("--max-prefix-overlap", type=float, default=0.5)
+    parser.add_argument("--max-repetition", type=float, default=0.5)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        documents = read_documents(options.files, 2 * options.words + 20)
+        if options.url:
+            asyncio.run(probe(options, documents, options.url, os.environ.get(KEY_VARIABLE)))
+            return 0
+        with tempfile.TemporaryDirectory() as logs:
+            servers = LocalServers(options.model, 1, log_dir=Path(logs), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
+            try:
+                servers.start()
+                servers.wait_ready()
+                asyncio.run(probe(options, documents, servers.urls[0], servers.api_key))
+            finally:
+                servers.close()
+    except (ServerError, TeacherError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_documents(files: Sequence[Path], words: int) -> list[list[str]]:
+    """Documents of at least ``words`` words, each as words with the white space before them; ValueError names a bad line."""
+    documents = []
+    for path in files:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{path}, line {number}: not a JSON object with a text field") from None
+                pieces = re.findall(r"\s*\S+", text)
+                if len(pieces) >= words:
+                    documents.append(pieces)
+    if len(documents) < 2:
+        raise ValueError(f"need two documents of {words} words at least, found {len(documents)}; give more text or lower --words")
+    return documents
+
+
+async def probe(options: argparse.Namespace, documents: list[list[str]], url: str, key: str | None) -> None:
+    fleet = Fleet([url], key, concurrency=options.concurrency, request_timeout=600.0, retries=1)
+    rng, model = random.Random(options.seed), Bigrams(documents)
+    results: list[dict[str, tuple[Likelihood, Guard, int]]] = []
+    try:
+        for number in range(options.passages):
+            prefix, texts = passage(documents, options.words, rng, model)
+            found = await asyncio.gather(*(measure(fleet, options.model, prefix, text) for text in texts.values()))
+            if None in found:
+                raise ValueError(f"the server at {url} gave no log-probabilities of passage {number}; is it vLLM and does it serve {options.model}?")
+            guards = [guard(prefix, text, options.max_prefix_overlap, options.max_repetition) for text in texts.values()]
+            lengths = [len(text.split()) if "cut" in name else options.words for name, text in texts.items()]
+            results.append(dict(zip(texts, zip(found, guards, lengths))))
+            print(f"\r{number + 1} of {options.passages} passages", end="", file=sys.stderr, flush=True)
+    finally:
+        await fleet.aclose()
+    print(file=sys.stderr)
+    report(results)
+
+
+# -- corruptions ------------------------------------------------------------------------------------------------------
+
+
+class Bigrams:
+    """Text of a model that knows which words follow each other and nothing more."""
+
+    def __init__(self, documents: Sequence[Sequence[str]]) -> None:
+        self._after: dict[str, list[str]] = defaultdict(list)
+        for pieces in documents:
+            for first, second in zip(pieces, pieces[1:]):
+                self._after[first.strip()].append(second)
+        self._all = [piece for pieces in documents for piece in pieces]
+
+    def write(self, word: str, words: int, rng: random.Random) -> list[str]:
+        written = []
+        for _ in range(words):
+            written.append(rng.choice(self._after.get(word) or self._all))
+            word = written[-1].strip()
+        return written
+
+
+def passage(documents: list[list[str]], words: int, rng: random.Random, model: Bigrams) -> tuple[str, dict[str, str]]:
+    """A prefix and its continuations by name; ``real`` is the first."""
+    which = rng.randrange(len(documents))
+    pieces = documents[which]
+    start = rng.randrange(len(pieces) - 2 * words)
+    prefix, real = pieces[start : start + words], pieces[start + words : start + 2 * words]
+    other = rng.choice(documents[:which] + documents[which + 1 :])
+    there = rng.randrange(len(other) - words)
+    half, quarter = words // 2, words // 4
+    noise = [" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789.,;", k=rng.randint(1, 9))) for _ in real]
+    near = [rng.choice(other) if i % 10 == 4 else piece for i, piece in enumerate(prefix)]
+    texts = {
+        "real": real, "words shuffled": rng.sample(real, len(real)), "sentences shuffled": _shuffle_sentences(real, rng),
+        "off topic": other[there : there + words], "repeated": (real[:20] * words)[:words], "garbage": noise,
+        "insult inserted": [*real[:half], INSULT, *real[half:]], "prefix copied": prefix, "copied from its middle": prefix[half:] + prefix[:half],
+        "nearly copied": near, "half copied": real[:half] + prefix[half:], "quarter copied": real[: words - quarter] + prefix[words - quarter :],
+        "half repeated": real[:half] + (real[half - 10 : half] * words)[:words - half],
+        "bigram text": model.write(prefix[-1].strip(), words, rng), "bigrams of the prefix": Bigrams([prefix]).write(prefix[-1].strip(), words, rng),
+        "cut to half": real[:half], "cut to a tenth": real[: max(1, words // 10)],
+    }
+    return "".join(prefix).lstrip(), {name: "".join(some) for name, some in texts.items()}
+
+
+def _shuffle_sentences(pieces: list[str], rng: random.Random) -> list[str]:
+    """Clauses, as set apart by punctuation, in another order."""
+    clauses: list[list[str]] = [[]]
+    for piece in pieces:
+        clauses[-1].append(piece)
+        if piece[-1] in ".!?;:,":
+            clauses.append([])
+    clauses = [clause for clause in clauses if clause]
+    shuffled = rng.sample(clauses, len(clauses))
+    while shuffled == clauses and len(clauses) > 1:
+        shuffled = rng.sample(clauses, len(clauses))
+    return [piece for clause in shuffled for piece in clause]
+
+
+# -- scorings ---------------------------------------------------------------------------------------------------------
+
+
+def scorings() -> dict[str, Callable[..., tuple[float | None, ...]]]:
+    """Name -> scores of two candidates, given their likelihoods, guards and lengths."""
+    return {
+        "log p(suffix | prefix)": lambda found, guards, lengths: tuple(x.given_prefix for x in found),
+        "log p(suffix | prefix) - log p(suffix)": lambda found, guards, lengths: tuple(x.given_prefix - x.alone for x in found),
+        "sum of both": lambda found, guards, lengths: tuple(2 * x.given_prefix - x.alone for x in found),
+        "judge without its guard": lambda found, guards, lengths: combine(found, [NO_GUARD] * len(found), lengths),
+        "judge": combine,
+    }
+
+
+def report(results: list[dict[str, tuple[Likelihood, Guard, int]]]) -> None:
+    names = [name for name in results[0] if name != "real"]
+    for title, scoring in scorings().items():
+        print(f"\n{title}: share of {len(results)} passages in which the real continuation scores higher")
+        for name in names:
+            won = [_won(scoring, result["real"], result[name]) for result in results]
+            low, high = wilson(fmean(won), len(won))
+            print(f"  {name:24} {fmean(won):.2f}  [{low:.2f}, {high:.2f}]")
+    print("\nguard: share guarded, mean prefix overlap, mean repetition")
+    for name in results[0]:
+        guards = [result[name][1] for result in results]
+        print(f"  {name:24} {fmean(g.guarded for g in guards):.2f}  {fmean(g.prefix_overlap for g in guards):.2f}  {fmean(g.repetition for g in guards):.2f}")
+
+
+def _won(scoring: Callable, real: tuple[Likelihood, Guard, int], corrupted: tuple[Likelihood, Guard, int]) -> float:
+    first, second = scoring(*zip(real, corrupted))
+    return 0.5 if first == second else float(first > second)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share observed in ``n`` trials."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
