@@ -1,0 +1,68 @@
+"""Runs -> one HTML page, written aside and renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from megatron_sip.report import charts, pools, tables
+from megatron_sip.report.records import ReportError, Run, read_audit, read_run
+
+
+def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
+    """Write ``run_dir/report.html`` and return its path.
+
+    Args:
+        run_dir: folder of a run that has finished at least one step; it may still be running.
+        compare: further runs, drawn over the first one's curves.
+
+    Raises:
+        ReportError: a folder without finished steps, a damaged file, or no room to write.
+    """
+    runs = [read_run(Path(folder)) for folder in (run_dir, *compare)]
+    page = render(runs)
+    path = Path(run_dir) / "report.html"
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text. Everything but our own SVG is escaped by the template engine."""
+    first, labels = runs[0], _labels(runs)
+    named = list(zip(labels, runs))
+    sections = []
+    for section in charts.SECTIONS:
+        drawn = [(chart, Markup(svg)) for chart in section.charts if (svg := charts.draw(chart, named)) is not None]
+        if drawn:
+            sections.append((section.title, drawn))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files("megatron_sip.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        run=first, labels=labels, headline=tables.headline(first), end_rows=tables.end_rows(runs), drops=tables.drops(first),
+        evaluation=tables.evaluation(first.evaluation), sections=sections, pools=pools.select(read_audit(first.dir)), visible=pools.visible)
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run in legends: its own, with the folder's where two are alike."""
+    labels = []
+    for run in runs:
+        alike = sum(other.name == run.name for other in runs) > 1
+        # A leading underscore would hide the name from matplotlib's legend.
+        label = (f"{run.name} ({run.dir.resolve().name})" if alike else run.name).lstrip("_")[:48] or "run"
+        labels.append(label if label not in labels else f"{label} {len(labels) + 1}")
+    return labels
