@@ -16,7 +16,8 @@ _PRESET = "configs/scratch_1b.yaml"
 
 def train(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_sip.train", *arguments], check=False, cwd=_ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "megatron_sip.train", *arguments],
+        check=False, cwd=_ROOT, capture_output=True, text=True, timeout=120,
     )
 
 
