@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,11 +48,16 @@ class Scripted:
 
 
 @contextmanager
-def serve(answer: Callable[[str, dict[str, Any]], Reply], **settings: Any) -> Iterator[Scripted]:
-    script, lock = Scripted(answer, **settings), threading.Lock()
+def serve(answer: Callable[[str, dict[str, Any]], Reply], port: int = 0, **settings: Any) -> Iterator[Scripted]:
+    """A server for the length of a ``with``; its connections end with it."""
+    script, lock, connections = Scripted(answer, **settings), threading.Lock(), []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.connection)
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -91,7 +97,7 @@ def serve(answer: Callable[[str, dict[str, Any]], Reply], **settings: Any) -> It
     class Server(ThreadingHTTPServer):
         request_queue_size, daemon_threads = 128, True
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     script.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -100,4 +106,9 @@ def serve(answer: Callable[[str, dict[str, Any]], Reply], **settings: Any) -> It
     finally:
         server.shutdown()
         server.server_close()
+        for connection in connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # closed already
+                pass
         thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pydoc_data.topics import topics
 
 import pytest
 from hypothesis import given
@@ -150,14 +151,11 @@ def test_honest_text_is_not_guarded(candidate):
 
 
 def test_real_text_is_hardly_ever_guarded():
-    """Neighbouring passages of this Python's own documentation strings; measured: none of 200."""
-    import argparse, asyncio.base_events, decimal, http.client, logging, subprocess  # noqa: E401
-    text = "\n".join(" ".join(m.__doc__.split()) for module in (argparse, asyncio.base_events, decimal, http.client, logging, subprocess)
-                     for m in vars(module).values() if callable(m) and isinstance(m.__doc__, str) and len(m.__doc__) > 200)
+    """Neighbouring passages of Python's language reference, which has many tables and grammar rules in it."""
+    text = "\n".join(topics[name] for name in sorted(topics))
     rng = random.Random(0)
-    starts = [rng.randrange(len(text) - 1100) for _ in range(200)]
-    found = [guard(text[s : s + 550], text[s + 550 : s + 1100], 0.5, 0.5).guarded for s in starts]
-    assert sum(found) <= 4
+    starts = [rng.randrange(len(text) - 1100) for _ in range(500)]
+    assert sum(guard(text[s : s + 550], text[s + 550 : s + 1100], 0.5, 0.5).guarded for s in starts) <= 5
 
 
 def test_shares():
