@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", help="YAML file; see configs/")
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration after overrides, then leave")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         if options.print_config:

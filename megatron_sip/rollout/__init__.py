@@ -2,13 +2,13 @@
 
 In: prefixes as token ids, one seed each. Out: K :class:`Rollout` a prefix, with the log-probabilities of their tokens.
 
-- ``engine``       what every engine promises, and the check of its log-probabilities against the policy's
+- ``engine``       what every engine promises
 - ``llama``        a Llama decoder on a dict of tensors: prefix computed once, shared by its K rollouts
 - ``sampler``      the in-process engine: that decoder plus sampling
 - ``vllm_client``  token ids in and out of vLLM servers, and new weights into them, over HTTP
 - ``vllm_engine``  the engine on such servers: starts them, spreads prefixes over them, hands weights over
 """
 
-from megatron_sip.rollout.engine import Rollout, RolloutEngine, RolloutError, RolloutMismatch, check_logprobs
+from megatron_sip.rollout.engine import Rollout, RolloutEngine, RolloutError
 
-__all__ = ["Rollout", "RolloutEngine", "RolloutError", "RolloutMismatch", "check_logprobs"]
+__all__ = ["Rollout", "RolloutEngine", "RolloutError"]

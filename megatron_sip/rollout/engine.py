@@ -1,7 +1,7 @@
-"""What every rollout engine promises, and the check that it writes with the policy's weights.
+"""What every rollout engine promises: prefixes and seeds in, K :class:`Rollout` a prefix out.
 
-In: token log-probabilities from an engine and from the policy's own forward pass.
-Out: nothing when they agree, :class:`RolloutMismatch` when they do not.
+That an engine really writes with the policy's weights is checked in training: the loss hook compares the log-probabilities of
+the rollouts that are trained on with the policy's own.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from typing import Protocol
 
 class RolloutError(RuntimeError):
     """Rollouts cannot be had; the message names the server or input and the remedy."""
-
-
-class RolloutMismatch(RolloutError):
-    """The engine's log-probabilities are not those of the policy."""
 
 
 @dataclass(frozen=True)
@@ -95,38 +91,3 @@ def check_request(
                 f"prefix {number}: {len(prefix)} tokens + max_tokens {max_tokens} = {len(prefix) + max_tokens} "
                 f"> max_position_embeddings {max_positions}"
             )
-
-
-def check_logprobs(
-    engine_logprobs: Sequence[Sequence[float]], policy_logprobs: Sequence[Sequence[float]], tolerance: float
-) -> float:
-    """Compare the engine's token log-probabilities with the policy's own for the same rollouts.
-
-    Args:
-        engine_logprobs: one sequence a rollout, natural logarithms, as in ``Rollout.logprobs``.
-        policy_logprobs: the same tokens through the policy's forward pass (temperature 1).
-        tolerance: largest mean absolute difference per token.
-
-    Returns:
-        The mean absolute difference per token; 0.0 for no rollouts at all.
-
-    Raises:
-        RolloutMismatch: above the tolerance, or not a number.
-        ValueError: the two do not have the same shape.
-    """
-    if [len(x) for x in engine_logprobs] != [len(x) for x in policy_logprobs]:
-        raise ValueError("engine and policy log-probabilities must cover the same tokens of the same rollouts")
-    differences = [abs(e - p) for engine, policy in zip(engine_logprobs, policy_logprobs) for e, p in zip(engine, policy)]
-    if not differences:
-        return 0.0
-    mean, largest = sum(differences) / len(differences), max(differences)
-    if not mean <= tolerance:  # also catches NaN
-        raise RolloutMismatch(
-            f"log-probabilities of {len(differences)} rollout tokens ({len(engine_logprobs)} rollouts): engine and policy "
-            f"differ by {mean:.3g} per token on average (largest {largest:.3g}, tolerance {tolerance:.3g}). "
-            "Probable causes: the engine did not "
-            "get the last weights (look at its weights_version); engine and policy compute in different dtypes (raise "
-            "rollout.logprob_tolerance for bfloat16); or the exported configuration (rotary base, norm epsilon, "
-            "vocabulary) is not the policy's."
-        )
-    return mean

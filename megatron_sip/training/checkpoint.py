@@ -21,6 +21,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,7 @@ def _publish(config: RunConfig, aside: Path, final: Path, meta: dict[str, Any]) 
 def _signals_held() -> Iterator[None]:
     """Deliver stop signals after the save, and never to its helper processes, which inherit the mask: a signal to the whole
     process group (as schedulers send it) would end the process through which the writers report."""
+    resource_tracker.ensure_running()  # starting it unblocks signals, so it has to be there before they are blocked
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     try:
         yield

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.config import RunConfig
+from megatron_sip.evaluation.statistics import text_statistics
 from megatron_sip.pool import ORIGINAL, REWRITE, ROLLOUT, Dropped, Preference
 from megatron_sip.training.jsonl import JsonLines
 from megatron_sip.training.stream import Judged
@@ -25,7 +26,7 @@ _DENOMINATOR = {
     "loss": "n/loss", "loss/nll": "n/valid", "loss/dpo": "n/preferred", "dpo/margin": "n/preferred", "dpo/accuracy": "n/preferred",
     "dpo/chosen_logp": "n/preferred", "dpo/rejected_logp": "n/preferred", "dpo/kl": "n/preferred",
     "rollout/logprob_diff": "n/rollout_tokens", "score/spread": "n/scored", "pool/tie_rate": "n/pooled",
-    "pool/dropped_rate": "n/pairs", "rollout/repetition": "n/rollouts", "rollout/length": "n/rollouts", "rollout/prefix_overlap": "n/rollouts",
+    "pool/dropped_rate": "n/pairs", **{f"rollout/{name}": "n/rollouts" for name in ("length", "repetition", "distinct_1", "distinct_2", "prefix_overlap")},
     **{f"{side}/{what}": "n/decided" for side in ("chosen", "rejected") for what in (ORIGINAL, REWRITE, ROLLOUT, "rollout_chance")},
 }
 
@@ -74,9 +75,8 @@ def pool_sums(judged: Sequence[Judged]) -> dict[str, float]:
             for candidate in item.pool.candidates:
                 if candidate.source == ROLLOUT:
                     sums["n/rollouts"] += 1
-                    sums["rollout/length"] += len(candidate.token_ids)
-                    sums["rollout/repetition"] += repetition(candidate.token_ids)
-                    sums["rollout/prefix_overlap"] += overlap(candidate.token_ids, item.pool.prefix_ids)
+                    for name, value in text_statistics(candidate.token_ids, item.pool.prefix_ids).items():
+                        sums[f"rollout/{name.replace(' ', '_')}"] += value
     return dict(sums)
 
 
@@ -95,22 +95,6 @@ def _add_preference(sums: Counter[str], outcome: Preference) -> None:
         for source in (ORIGINAL, REWRITE, ROLLOUT):
             sums[f"{side}/{source}"] += candidate.source == source
         sums[f"{side}/rollout_chance"] += outcome.rollouts / outcome.pool_size
-
-
-def repetition(token_ids: Sequence[int], n: int = 4) -> float:
-    """Share of token n-grams that stood earlier in the same sequence, 0 … 1."""
-    grams = _ngrams(token_ids, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def overlap(token_ids: Sequence[int], prefix_ids: Sequence[int], n: int = 4) -> float:
-    """Share of token n-grams that stand in the prefix too, 0 … 1."""
-    grams, known = _ngrams(token_ids, n), set(_ngrams(prefix_ids, n))
-    return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
-
-
-def _ngrams(token_ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
 
 
 def audit_record(step: int, item: Judged) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megatron_sip.config import ConfigError, load_config
 from megatron_sip.pool import Candidate, Criterion, Dropped, PairId, Pool, Preference, Scores
 from megatron_sip.training.bank import Recorder, Replay
 from megatron_sip.training.jsonl import JsonLines, read_jsonl
-from megatron_sip.training.metrics import audit_record, means, merge_sums, overlap, pool_sums, repetition
+from megatron_sip.training.metrics import audit_record, means, merge_sums, pool_sums
 from megatron_sip.training.plan import plan_step
 from megatron_sip.training.stream import Judged
 
@@ -100,12 +100,6 @@ def test_merging_in_any_grouping_gives_the_same(parts):
     whole = merge_sums(parts)
     for cut in range(len(parts) + 1):
         assert merge_sums([merge_sums(parts[:cut]), merge_sums(parts[cut:])]) == whole
-
-
-def test_repetition_and_overlap_see_loops_and_copies():
-    assert repetition([1, 2] * 20) > 0.9 and repetition(range(40)) == 0
-    assert overlap(range(10, 30), range(40)) == 1 and overlap(range(100, 120), range(40)) == 0
-    assert repetition([1]) == 0 and overlap([], [1, 2, 3, 4]) == 0
 
 
 def test_audit_shows_every_candidate_with_its_scores():

@@ -28,8 +28,10 @@ def arguments(world, run: Path, url: str, *overrides: str) -> list[str]:
 def execute(args: list[str], processes: int = 1) -> subprocess.Popen:
     launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
                                                         "--master_addr", "127.0.0.1", "--rdzv_endpoint", "127.0.0.1:0", "--rdzv_backend", "c10d"]
+    # The number of threads shapes the order of sums: a run in a process of its own has as many as one in this process.
+    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
     return subprocess.Popen([*launcher, "-m", "megatron_sip.train", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+                            env={**os.environ, **threads}, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:
@@ -144,6 +146,13 @@ def test_a_short_outage_is_waited_out(world, whole, scripted, tmp_path):
     threading.Thread(target=revive_soon, daemon=True).start()
     assert train.main(arguments(world, tmp_path / "run", scripted.url, "teacher.outage_timeout=60")) == 0
     assert_same(world.metrics(tmp_path / "run"), world.metrics(whole))
+
+
+def test_rollouts_of_other_weights_stop_the_run(world, scripted, tmp_path, capsys):
+    assert train.main(arguments(world, tmp_path / "run", scripted.url, "rollout.logprob_tolerance=1e-9")) == 86
+    output = capsys.readouterr().out
+    assert "rollouts were not written by the policy's weights" in output and "rollout.logprob_tolerance=1e-09" in output
+    assert sorted(world.metrics(tmp_path / "run")) == [1]
 
 
 def refused(args: list[str], capsys) -> str:
