@@ -105,6 +105,9 @@ SECTIONS = (
     Section("What does the policy write?", (
         Chart("Repetition and copying", (("rollout/repetition", "repeated 4-grams"), ("rollout/prefix_overlap", "4-grams of the prefix")),
               "The alarm of collapse. Both near the level of real text are healthy; a climb says that the policy games the judge.", "share", scale="share"),
+        Chart("Diversity", (("rollout/distinct_1", "different tokens"), ("rollout/distinct_2", "different pairs of tokens")),
+              "Different tokens, and neighbours, over all of a rollout. A slow fall is text getting poorer before it repeats outright.",
+              "share", scale="share"),
         Chart("Length of rollouts", (("rollout/length", "tokens"),),
               "At the limit, unless the policy ends documents. A fall to a few tokens is a collapse of its own.", "tokens"),
         Chart("Engine against policy", (("rollout/logprob_diff", "mean"), ("rollout_logprob_diff_max", "largest")),

@@ -35,7 +35,7 @@ def select(records: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, 
             last.append(record)
             if str(record.get("chosen")).startswith(ROLLOUT):
                 won.append(record)
-    groups = [("The first preferences", first), ("The last preferences", last), ("Won by a rollout", won), ("Ties (no DPO loss)", ties),
+    groups = [("The first preferences", first), ("Won by a rollout", won), ("The last preferences", last), ("Ties (no DPO loss)", ties),
               ("Dropped (no loss at all)", dropped)]
     if not any(pools for _, pools in groups):
         groups = [("Pools of one candidate (nothing to choose)", alone)]

@@ -27,6 +27,7 @@ _AT_END = (
     ("judge/latency_p50", "judge latency, median seconds", ".2f"),
     ("rollout/repetition", "repeated 4-grams in rollouts", _SHARES),
     ("rollout/prefix_overlap", "4-grams of the prefix in rollouts", _SHARES),
+    ("rollout/distinct_2", "different pairs of tokens in rollouts", _SHARES),
     ("rollout/length", "tokens of a rollout", ".0f"),
     ("time/step", "seconds of a step", ".2f"),
     ("tokens_per_second", "tokens per second", ",.0f"),
