@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_sip.data import DataError
+from megatron_sip.data import DataError, without_surrogates
 
 _BLOCK = 1 << 20
 
@@ -47,14 +47,21 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files of paths and globs, in the order given, each glob sorted.
 
     Raises:
-        DataError: a path does not exist or a glob matches nothing.
+        DataError: a path does not exist or is a folder, a glob matches no file, or a file is named twice.
     """
     files: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] if os.path.isfile(pattern) else []
+        if os.path.isdir(pattern):
+            raise DataError(f"--input {pattern} is a folder; name its files, e.g. '{os.path.join(pattern, '*.jsonl')}'")
+        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
         if not found:
             raise DataError(f"--input {pattern}: no such file")
         files += map(Path, found)
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise DataError(f"--input: {file} is named twice, its documents would come twice")
+        seen.add(file.resolve())
     return files
 
 
@@ -62,19 +69,21 @@ def read_lines(files: Sequence[Path], progress: Callable[[int], None] = lambda p
     """Lines that are not blank.
 
     Args:
-        progress: told how many bytes of the current file, as it lies on the disk, have been read.
+        progress: told how many bytes of all files, as they lie on the disk, have been read.
 
     Raises:
         DataError: a file cannot be read or its compression ends too early (names file and line).
     """
+    before = 0
     for file in files:
         number = 0
         try:
             with open(file, "rb") as raw, _unpacked(raw, file) as unpacked:
                 for number, data in enumerate(unpacked, 1):
-                    progress(raw.tell())
+                    progress(before + raw.tell())
                     if data.strip():
                         yield Line(str(file), number, data)
+                before += raw.tell()
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise DataError(f"{file}, after line {number}: cannot be read on ({error}); the file is truncated or damaged, fetch it again") from None
 
@@ -89,7 +98,7 @@ def parse(line: Line, keys: Sequence[str]) -> Document:
         record = json.loads(line.data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise line.error(f"not UTF-8 (byte {error.start}); convert the file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise line.error(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise line.error(f"a JSON object is expected, found {type(record).__name__}")
@@ -99,8 +108,7 @@ def parse(line: Line, keys: Sequence[str]) -> Document:
             raise line.error(f"key {key!r} is missing; it has {', '.join(map(repr, record)) or 'none'} (--json-keys)")
         if not isinstance(record[key], str):
             raise line.error(f"key {key!r} is {type(record[key]).__name__}, not text")
-        # A lone surrogate ("\ud800" is valid JSON) is no character and cannot be encoded.
-        texts.append(record[key].encode("utf-8", "replace").decode("utf-8"))
+        texts.append(without_surrogates(record[key]))
     return Document(tuple(texts), _subset(record))
 
 

@@ -10,18 +10,16 @@ found in the documents' lengths.
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import os
-import sys
+import re
 import warnings
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -29,6 +27,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from megatron_sip.config import DataSection
 from megatron_sip.data import DataError
+from megatron_sip.data.dataset_files import check_dataset
 from megatron_sip.pool import PairId
 
 
@@ -60,18 +59,30 @@ class PairDataset(MegatronDataset):
 
     def __init__(self, dataset: IndexedDataset, dataset_path: str, indices: np.ndarray, num_samples: int | None, index_split: Any, config: PairConfig) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        length = config.prefix_length + config.suffix_length
-        starts = _token_starts(dataset)
-        lengths = (starts[1:] - starts[:-1])[indices]
+        length = config.sequence_length
+        lengths = np.diff(_token_starts(dataset))[indices]
         per_document = lengths // length if config.cut == "consecutive" else (lengths >= length).astype(np.int64)
         self._lengths = lengths
         self._pair_ends = np.cumsum(per_document)
-        self.pairs_per_epoch = int(self._pair_ends[-1]) if len(indices) else 0
-        if self.pairs_per_epoch == 0 and num_samples:
-            longest = int(lengths.max()) if len(lengths) else 0
-            raise DataError(f"{dataset_path}: no pair of {config.prefix_length} + {config.suffix_length} = {length} tokens in the {index_split.name} "
-                            f"split ({len(indices)} of {len(starts) - 1} documents, the longest has {longest} tokens); give more or longer documents, "
-                            "change data.split, or shorten data.prefix_length")
+        self._shuffled: tuple[int, np.ndarray] = (-1, per_document[:0])  # an epoch and its order
+        self.pairs_per_epoch = int(per_document.sum())
+
+    def check(self) -> None:
+        """Raise DataError if pairs are asked for and there are none. Not done while building: Megatron's builder lets
+        rank 0 build alone while the others wait for it, so that an error there would leave them waiting."""
+        if self.pairs_per_epoch or not self.num_samples:
+            return
+        config, longest = self.config, int(self._lengths.max()) if len(self._lengths) else 0
+        raise DataError(
+            f"{self.dataset_path}: no pair of {config.prefix_length} + {config.suffix_length} = {config.sequence_length} tokens in the "
+            f"{self.index_split.name} split ({len(self._lengths)} of {self.numel_low_level_dataset(self.dataset)} documents, the longest has {longest} "
+            "tokens); give more or longer documents, change data.split, or shorten data.prefix_length")
+
+    def describe(self) -> str:
+        """One line for people: pairs an epoch, documents, and how many of those are too short for a pair."""
+        short = int(np.count_nonzero(self._lengths < self.config.sequence_length))
+        return (f"{self.dataset_path}: {self.pairs_per_epoch} {self.index_split.name} pairs an epoch of {len(self._lengths)} documents, "
+                f"{short} of them too short")
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -92,7 +103,7 @@ class PairDataset(MegatronDataset):
         epoch, place = divmod(int(index), self.pairs_per_epoch)
         number = int(self._order(epoch)[place])
         row = int(np.searchsorted(self._pair_ends, number, side="right"))
-        document, length = int(self.indices[row]), self.config.prefix_length + self.config.suffix_length
+        document, length = int(self.indices[row]), self.config.sequence_length
         if self.config.cut == "consecutive":
             offset = (number - (int(self._pair_ends[row - 1]) if row else 0)) * length
         else:
@@ -106,21 +117,32 @@ class PairDataset(MegatronDataset):
     def _key(self) -> tuple[int, int]:
         return self.config.random_seed, zlib.crc32(os.path.basename(self.dataset_path).encode())
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (datasets live as long as the run)
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((*self._key, self.index_split.value, epoch)).permutation(self.pairs_per_epoch)
+        """Numbers of the split's pairs, shuffled for an epoch: int64 [pairs_per_epoch]; the last one is kept."""
+        kept, order = self._shuffled
+        if kept != epoch:
+            order = np.random.default_rng((*self._key, self.index_split.value, epoch)).permutation(self.pairs_per_epoch)
+            self._shuffled = epoch, order
+        return order
 
 
 class Pairs:
-    """One split of the blend. ``pairs[i]`` for any i >= 0 below its length."""
+    """One split of the blend: ``pairs[i]`` for 0 <= i < len(pairs), the number asked for.
 
-    def __init__(self, dataset: Any, prefix_length: int) -> None:
-        self._dataset, self._prefix_length = dataset, prefix_length
+    Attributes:
+        datasets: the split's datasets, in the order of data.blend; none if no pair was asked for.
+    """
+
+    def __init__(self, dataset: PairDataset | BlendedDataset | None, prefix_length: int, length: int) -> None:
+        self._dataset, self._prefix_length, self._length = dataset, prefix_length, length
+        self.datasets: list[PairDataset] = [] if dataset is None else list(getattr(dataset, "datasets", [dataset]))
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._length
 
     def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < self._length:
+            raise IndexError(f"pair {index} of {self._length}")
         item = self._dataset[index]
         tokens = item["tokens"].tolist()
         return Pair(PairId(item["source"], item["document"], item["offset"]), tuple(tokens[: self._prefix_length]),
@@ -143,10 +165,16 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
     if min(weights) <= 0:
         raise DataError(f"data.blend: weight {min(weights)} of {prefixes[weights.index(min(weights))]} is not above 0; remove the dataset instead")
     for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise DataError(f"data.blend names {prefix} twice; give it the sum of the weights once")
         check_dataset(prefix, tokenizer_fingerprint)
+    if not re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+){0,2}", data.split) or not re.search("[1-9]", data.split):
+        raise DataError(f"data.split={data.split} is no list of shares; set e.g. data.split=98,2")
     config = PairConfig(
         random_seed=seed, sequence_length=data.prefix_length + data.suffix_length, prefix_length=data.prefix_length,
         suffix_length=data.suffix_length, cut=data.cut, split=data.split, blend=(prefixes, weights if len(prefixes) > 1 else None))
+    if config.split_matrix[0] is None:
+        raise DataError(f"data.split={data.split} leaves no documents for training; set e.g. data.split=98,2")
     if valid_pairs and config.split_matrix[1] is None:
         raise DataError(f"data.split={data.split} leaves no documents for validation, but train.eval_interval asks for it; "
                         "set e.g. data.split=98,2 or train.eval_interval=0")
@@ -154,36 +182,11 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron speaks of pad tokens, of which pairs have none
         train, valid, _ = BlendedMegatronDatasetBuilder(PairDataset, [train_pairs, valid_pairs, 0], lambda: True, config).build()
-    return Pairs(train, data.prefix_length), Pairs(valid, data.prefix_length)
-
-
-def check_dataset(prefix: str, tokenizer_fingerprint: str) -> None:
-    """Compare a dataset with its manifest.
-
-    Raises:
-        DataError: missing, truncated, empty, or made with another tokenizer.
-    """
-    remedy = "make it with tools/preprocess_data.py"
-    for ending in (".idx", ".bin"):
-        if not os.path.isfile(prefix + ending):
-            near = "" if not prefix.endswith((".bin", ".idx")) else "; leave the ending away in data.blend"
-            raise DataError(f"dataset {prefix}{ending} does not exist{near}; {remedy}")
-    try:
-        manifest = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        print(f"warning: {prefix}.json (the manifest) is missing, so tokenizer and size of this dataset cannot be checked", file=sys.stderr)
-        return
-    except ValueError as error:
-        raise DataError(f"manifest {prefix}.json is damaged ({error}); {remedy} again") from None
-    for ending in (".idx", ".bin"):
-        size, expected = os.path.getsize(prefix + ending), manifest["outputs"][ending]["bytes"]
-        if size != expected:
-            raise DataError(f"dataset {prefix}{ending} has {size} bytes, its manifest says {expected}: it is truncated or of another run; {remedy} again")
-    if manifest["counts"]["documents"] == 0:
-        raise DataError(f"dataset {prefix} is empty: its input held no document")
-    if manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint:
-        raise DataError(f"dataset {prefix} was made with another tokenizer ({manifest['tokenizer']['file']}, "
-                        f"{manifest['tokenizer']['vocab_size']} tokens) than data.tokenizer_model; point it at that file or {remedy} again")
+    splits = Pairs(train, data.prefix_length, train_pairs), Pairs(valid, data.prefix_length, valid_pairs)
+    for pairs in splits:
+        for dataset in pairs.datasets:
+            dataset.check()
+    return splits
 
 
 def _token_starts(dataset: IndexedDataset) -> np.ndarray:

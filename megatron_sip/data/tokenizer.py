@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_sip.data import DataError
+from megatron_sip.data import DataError, without_surrogates
 
 _SPACE = "\u2581"
 
@@ -53,6 +53,7 @@ class Tokenizer:
             raise DataError(f"tokenizer {path} is no sentencepiece model; a Llama tokenizer.model is one, a tokenizer.json is not") from None
         self._strips_space = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix = False
+        proto.normalizer_spec.remove_extra_whitespaces = False  # a space at the cut belongs to the text
         self._continuation = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._document.vocab_size()
@@ -65,11 +66,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a document; control tokens written out in the text stay text."""
-        return self._document.encode(text)
+        return self._document.encode(without_surrogates(text))
 
     def encode_part(self, text: str) -> list[int]:
         """Ids of text that goes on inside a document: no space is put before it."""
-        return self._continuation.encode(text)
+        return self._continuation.encode(without_surrogates(text))
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of the ids; control tokens have none."""
@@ -99,9 +100,10 @@ class Tokenizer:
         """
         prefix = self.to_bytes(prefix_ids)
         begun = prefix[len(prefix) - _incomplete_tail(prefix):]
+        text = without_surrogates(text)
         if not begun:
             return self.encode_part(text)
-        first = text[:1].encode("utf-8", "surrogatepass")
+        first = text[:1].encode()
         if not first.startswith(begun):
             return None
         return [self._byte_ids[byte] for byte in first[len(begun):]] + self.encode_part(text[1:])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sip.config import DataSection
@@ -99,6 +101,77 @@ def test_a_random_cut_is_uniform_and_fixed_by_the_seed(datasets, tokenizer):
     assert 0.3 < np.mean(places) < 0.7 and len({p.id.document for p in (train[i] for i in range(36))}) == 36
 
 
+def test_an_epoch_of_a_blended_dataset_is_whole(datasets, tokenizer):
+    train, _ = pairs_of(datasets, tokenizer, "a", "b", train=5000)
+    b = train.datasets[1]
+    ids = [p.id for p in (train[i] for i in range(5000)) if p.id.dataset.endswith("b_text_document")]
+    assert len(ids) > 2 * b.pairs_per_epoch
+    first, second = set(ids[: b.pairs_per_epoch]), set(ids[b.pairs_per_epoch : 2 * b.pairs_per_epoch])
+    assert len(first) == b.pairs_per_epoch and first == second
+
+
+def test_a_dataset_keeps_its_order_while_others_are_read(datasets, tokenizer):
+    train, valid = pairs_of(datasets, tokenizer, "a", "b")
+    kept = [dataset._order(0) for dataset in (*train.datasets, *valid.datasets)]
+    assert all(dataset._order(0) is order for dataset, order in zip((*train.datasets, *valid.datasets), kept))
+
+
+def test_only_pairs_that_were_asked_for_exist(datasets, tokenizer):
+    train, valid = pairs_of(datasets, tokenizer, "a", "b", train=5, valid=0)
+    assert len(train) == 5 and len(list(train)) == 5 and len(valid) == 0
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            train[index]
+    train, valid = pairs_of(datasets, tokenizer, train=5, valid=0, split="100")
+    assert len(list(train)) == 5 and not list(valid)
+
+
+def test_short_documents_are_counted(tmp_path, tokenizer, tokenizer_model):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("short", "", TEXTS[0][:4000], TEXTS[1][:4000])))
+    preprocess(Settings((str(tmp_path / "a.jsonl"),), str(tmp_path / "a"), str(tokenizer_model)), say=lambda line: None)
+    train, _ = pairs_of(tmp_path, tokenizer, train=9, valid=0, split="100")
+    assert train.datasets[0].describe().endswith(f"{train.datasets[0].pairs_per_epoch} train pairs an epoch of 4 documents, 2 of them too short")
+    assert {train[i].id.document for i in range(9)} <= {2, 3}  # documents without text keep their numbers
+
+
+def test_sentences_are_cut_as_one_document(tmp_path, tokenizer, tokenizer_model):
+    pytest.importorskip("nupunkt")
+    texts = [f"Number {n} is here. " * 40 + "Is it?\n\nYes, it is! " * 40 for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    [prefix] = preprocess(Settings((str(tmp_path / "a.jsonl"),), str(tmp_path / "a"), str(tokenizer_model), split_sentences=True), say=lambda line: None)
+    data = DataSection(blend=[(1.0, prefix)], prefix_length=P, suffix_length=S, split="100")
+    train, _ = build_pairs(data, 3, 30, 0, tokenizer.fingerprint)
+    dataset = IndexedDataset(prefix)
+    ends = dataset.document_indices
+    for pair in train:
+        d, at = pair.id.document, pair.id.offset
+        whole = [int(t) for s in range(ends[d], ends[d + 1]) for t in dataset[s]]
+        assert list(pair.prefix_ids + pair.suffix_ids) == whole[at : at + P + S]
+        assert "".join(tokenizer.split_text(pair.prefix_ids, pair.suffix_ids, pair.at_document_start)) in texts[d]
+
+
+def _rank(rank: int, folder: Path, fingerprint: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    train, valid = build_pairs(section(folder, "a", "b"), 7, 60, 10, fingerprint)
+    lines = [repr(pair) for pairs in (train, valid) for pair in pairs]
+    try:
+        build_pairs(section(folder).model_copy(update={"prefix_length": 5000 - S}), 7, 60, 10, fingerprint)
+    except DataError as error:
+        lines.append(str(error))
+    torch.distributed.barrier()  # no rank waits for one that gave up
+    (out / f"rank{rank}").write_text("\n".join(lines))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_sees_the_same_pairs_and_the_same_error(datasets, tokenizer, tmp_path):
+    torch.multiprocessing.start_processes(_rank, (datasets, tokenizer.fingerprint, tmp_path), nprocs=2, start_method="fork")
+    first, second = ((tmp_path / f"rank{rank}").read_text().split("\n") for rank in (0, 1))
+    train, valid = pairs_of(datasets, tokenizer, "a", "b", train=60, valid=10)
+    assert first == second and first[:-1] == [repr(pair) for pairs in (train, valid) for pair in pairs]
+    assert "no pair of 4984 + 16 = 5000 tokens" in first[-1]
+
+
 def copy_of(folder, tmp_path):
     for ending in (".bin", ".idx", ".json"):
         (tmp_path / f"a_text_document{ending}").write_bytes((folder / f"a_text_document{ending}").read_bytes())
@@ -114,8 +187,17 @@ def test_bad_datasets_are_named(datasets, tokenizer, tmp_path):
         build_pairs(section(datasets).model_copy(update={"prefix_length": 5000}), 1, 10, 2, tokenizer.fingerprint)
     with pytest.raises(DataError, match="data.split=100 leaves no documents for validation"):
         pairs_of(datasets, tokenizer, split="100")
+    with pytest.raises(DataError, match="data.split=0,100 leaves no documents for training"):
+        pairs_of(datasets, tokenizer, split="0,100")
+    for wrong in ("98%", "a,b", "-1,2", "0,0", "1,1,1,1", ""):
+        with pytest.raises(DataError, match="is no list of shares; set e.g. data.split=98,2"):
+            pairs_of(datasets, tokenizer, split=wrong)
     with pytest.raises(DataError, match="data.blend is empty"):
         build_pairs(DataSection(), 1, 10, 2, tokenizer.fingerprint)
+    with pytest.raises(DataError, match="data.blend names .*a_text_document twice"):
+        pairs_of(datasets, tokenizer, "a", "a")
+    with pytest.raises(DataError, match=r"a_text_document.bin.idx does not exist; leave the ending away"):
+        build_pairs(DataSection(blend=[(1.0, datasets / "a_text_document.bin")]), 1, 10, 2, tokenizer.fingerprint)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
@@ -131,12 +213,13 @@ def test_an_empty_dataset_and_a_missing_manifest(datasets, tokenizer, tmp_path, 
     folder = copy_of(datasets, tmp_path)
     manifest = folder / "a_text_document.json"
     text = manifest.read_text()
-    manifest.write_text(json.dumps({**json.loads(text), "counts": {"documents": 0}}))
+    manifest.write_text(json.dumps({**json.loads(text), "counts": {"documents": 3, "tokens": 0}}))
     with pytest.raises(DataError, match="is empty"):
         pairs_of(folder, tokenizer)
-    manifest.write_text(text[:50])
-    with pytest.raises(DataError, match="is damaged"):
-        pairs_of(folder, tokenizer)
+    for damaged in (text[:50], "{}", "[]"):
+        manifest.write_text(damaged)
+        with pytest.raises(DataError, match="a_text_document.json is damaged"):
+            pairs_of(folder, tokenizer)
     manifest.unlink()
     pairs_of(folder, tokenizer)
     assert "the manifest) is missing" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_sip.data import DataError
 from megatron_sip.data.tokenizer import Tokenizer
@@ -84,9 +85,35 @@ def test_bytes_that_are_no_text_do_not_raise(tokenizer):
     assert tokenizer.split_text(junk[:2], [], False)[0] == "\ufffd\ufffd"
 
 
-def test_bad_files_are_named(tmp_path):
+def test_half_a_character_becomes_a_replacement(tokenizer):
+    """json.loads gives such strings for an escaped emoji that an answer's end cut in two."""
+    prefix = tokenizer.encode("some prefix")
+    ids = tokenizer.encode_continuation(" ends \ud83d", prefix)
+    assert tokenizer.split_text(prefix, ids, True) == ("some prefix", " ends \ufffd")
+    assert tokenizer.encode("a\ud83d\ude00b\udc00") == tokenizer.encode("a😀b\ufffd")
+
+
+def test_a_model_that_strips_spaces_keeps_those_at_the_cut(tokenizer_model, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer_model.read_bytes())
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    (tmp_path / "strips.model").write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer(tmp_path / "strips.model")
+    prefix = tokenizer.encode("some prefix")
+    for text in (" word", "word ", "  ", "a  b"):
+        assert tokenizer.split_text(prefix, tokenizer.encode_continuation(text, prefix), True) == ("some prefix", text)
+
+
+def test_bad_files_are_named(tokenizer_model, tmp_path):
     with pytest.raises(DataError, match="nowhere.model cannot be read"):
         Tokenizer(tmp_path / "nowhere.model")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="tokenizer.json is no sentencepiece model"):
         Tokenizer(tmp_path / "tokenizer.json")
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer_model.read_bytes())
+    del proto.pieces[3:259]
+    proto.trainer_spec.byte_fallback = False
+    (tmp_path / "no_bytes.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(DataError, match="no_bytes.model lacks byte fallback"):
+        Tokenizer(tmp_path / "no_bytes.model")
