@@ -33,6 +33,7 @@ T = TypeVar("T")
 KEY_VARIABLE = "SIP_TEACHER_API_KEY"
 # Nobody answers with one of these by chance: a server that does was held to its choices.
 _PROBE = Question("Say hello.", ("verdict-7q", "verdict-3k"))
+_PROBE_SECTION = JudgeSection(kind="safety", max_tokens=32)
 
 
 class Teacher:
@@ -187,23 +188,21 @@ class Teacher:
                 read_likelihood(data)
             except Unreadable as error:
                 return f"teacher server {replica.url}: {error}"
-        asked = [section for section in self._config.judges if section.kind != "likelihood"]
-        for section in asked or [JudgeSection(kind="safety", max_tokens=8)]:
-            if problem := await self._find_dialect(replica, section):
-                return problem
-        return None
+        if kinds == {"likelihood"}:
+            return None  # asks for no verdicts: a model without a chat template will do
+        return await self._find_dialect(replica)
 
-    async def _find_dialect(self, replica: Replica, section: JudgeSection) -> str | None:
+    async def _find_dialect(self, replica: Replica) -> str | None:
         """Set the first dialect, from the replica's on, whose answer is a verdict; words alone are trusted to any server that answers."""
         for dialect in DIALECTS[DIALECTS.index(replica.dialect):]:
             replica.dialect = dialect
-            status, data = await self._fleet.send(replica, "POST", "/chat/completions", verdict_request(self._model, section, _PROBE, dialect))
+            status, data = await self._fleet.send(replica, "POST", "/chat/completions", verdict_request(self._model, _PROBE_SECTION, _PROBE, dialect))
             if status in (400, 422) and dialect != "plain":
                 continue  # does not know the field
             if problem := _trouble(replica, status, data):
                 return problem
             try:
-                read_verdict(data, dialect, _PROBE.choices, section.reasoning)
+                read_verdict(data, dialect, _PROBE.choices, reasoning=False)
                 return None
             except Unreadable:
                 continue
