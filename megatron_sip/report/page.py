@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from megatron_sip.report import charts, pools, tables
 from megatron_sip.report.records import ReportError, Run, read_audit, read_run
@@ -47,7 +46,7 @@ def render(runs: Sequence[Run]) -> str:
     named = list(zip(labels, runs))
     sections = []
     for section in charts.SECTIONS:
-        drawn = [(chart, Markup(svg)) for chart in section.charts if (svg := charts.draw(chart, named)) is not None]
+        drawn = [(chart, svg) for chart in section.charts if (svg := charts.draw(chart, named)) is not None]
         if drawn:
             sections.append((section.title, drawn))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
