@@ -62,7 +62,8 @@ SECTIONS = (
               "Loss of original suffixes that were never trained on. It should fall. A preference run may stop falling when DPO takes over: "
               "it is then paid for what the judge likes, not for the original.", "nats per token"),
         Chart("Training loss", (("loss", "total"), ("loss/nll", "NLL of the chosen"), ("loss/dpo", "DPO")),
-              "DPO starts at ln 2 = 0.69 and falls when chosen and rejected come apart. A jump where pools begin is the added DPO term.", "nats"),
+              "DPO starts at ln 2 = 0.69 and falls when chosen and rejected come apart. A jump where pools begin is the added DPO term. "
+              "A next-token run's NLL includes the prefix: compare runs by the held-out loss.", "nats"),
         Chart("DPO accuracy", (("dpo/accuracy", "chosen above rejected"),),
               "Share of pairs whose implicit reward ranks chosen above rejected. 0.5 is chance; it returns to 0.5 at each copy into a synced reference.",
               scale="share"),
