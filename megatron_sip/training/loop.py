@@ -320,6 +320,7 @@ class Trainer:
             mine |= pool_sums(stream.judged)
             if self.recorder is not None:
                 self.recorder.write(step, [item.outcome for item in stream.judged])
+        asked = self.services.metrics()  # drained on every lead, shown of the first: percentiles cannot be added up
         gathered: list[Any] = [None] * self.runtime.world_size
         dist.all_gather_object(gathered, mine)
         if self.runtime.rank != 0:
@@ -333,7 +334,7 @@ class Trainer:
         if grad_norm is not None:
             metrics["grad_norm"] = grad_norm
         tokens = self.config.train.global_batch_size * self.config.seq_length
-        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "consumed_pairs": self.progress.consumed_pairs, **own, **self.services.metrics(),
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "consumed_pairs": self.progress.consumed_pairs, **own, **asked,
                     "time/other": max(0.0, seconds - sum(own.values())), "time/step": seconds, "tokens_per_second": tokens / seconds}
         self.writer.write(step, metrics)
         for item in [item for item in stream.judged if item.pool is not None][: self.config.log.audit_pools]:
