@@ -11,6 +11,7 @@ import bz2
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,12 +19,14 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
 _SHORTEST = 1000  # characters: shorter pages are redirects and stubs
+_LONGEST_DOWNLOAD = 600  # seconds
 
 
 def wikipedia(package: zipfile.ZipFile) -> Iterator[str]:
@@ -46,9 +49,12 @@ def wikipedia(package: zipfile.ZipFile) -> Iterator[str]:
             return  # the dump is cut short on purpose
 
 
+_NO_PROSE = ("ref", "table", "gallery", "math", "timeline", "div")
+
+
 def plain(page) -> str:
     """Prose of a parsed article: no tables, references, file captions, categories or headings without text."""
-    for node in page.filter_tags(matches=lambda n: str(n.tag).lower() in ("ref", "table", "gallery", "math", "timeline", "div"), recursive=False):
+    for node in page.filter_tags(matches=lambda n: str(n.tag).lower() in _NO_PROSE, recursive=False):
         _remove(page, node)
     for node in page.filter_wikilinks(matches=lambda n: ":" in str(n.title).split("|")[0], recursive=False):
         _remove(page, node)
@@ -81,50 +87,87 @@ def python_code() -> Iterator[str]:
 
 
 def download(package: str, folder: Path) -> zipfile.ZipFile:
-    """The wheel of a package, opened."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """The wheel of a package, opened; one for Python 3.11, whatever runs here: it is read, not installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps",
+               "--only-binary=:all:", "--python-version=3.11", f"--dest={folder}", package]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_DOWNLOAD)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"error: pip has not downloaded {package} in {_LONGEST_DOWNLOAD} s; is the network blocked?") from None
     wheels = sorted(folder.glob(package.split("==")[0].replace("-", "_") + "*.whl"))
     if done.returncode or not wheels:
         raise SystemExit(f"error: pip cannot download {package}; is the network there? pip says:\n{done.stderr.strip()[-800:]}")
     return zipfile.ZipFile(wheels[0])
 
 
-def write(path: Path, subset: str, texts: Iterator[str]) -> None:
+def write(file: BinaryIO, subset: str, texts: Iterator[str]) -> str:
+    """JSON lines of RedPajama's shape, compressed; returns what was written, in words."""
     count = size = 0
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as raw, zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as file:
+    with zstandard.ZstdCompressor(level=10).stream_writer(file, closefd=False) as packed:
         for text in texts:
-            file.write(json.dumps({"text": text, "meta": {"redpajama_set_name": subset}}, ensure_ascii=False).encode() + b"\n")
+            record = {"text": text, "meta": {"redpajama_set_name": subset}}
+            packed.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             count, size = count + 1, size + len(text.encode())
-    _publish(aside, path)
-    print(f"  {path}: {count} documents, {size / 1e6:.1f} MB of text", flush=True)
+    return f"{count} documents, {size / 1e6:.1f} MB of text"
 
 
-def _publish(aside: Path, path: Path) -> None:
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def make(path: Path, what: str, fill: Callable[[BinaryIO], str]) -> None:
+    """A file that is there whole or not at all, unless it is there already."""
+    if path.exists():
+        print(f"  {path}: reused", flush=True)
+        return
+    print(f"  {path}: {what} ...", flush=True)
+    began, aside = time.monotonic(), path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            contents = fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"  {path}: {contents} ({time.monotonic() - began:.0f} s)", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the text and the tokenizer; what is there is kept")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                        help="folder for the text and the tokenizer; what is there is kept")
     folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
-    wiki, code, tokenizer = folder / "wikipedia.jsonl.zst", folder / "github.jsonl.zst", folder / "tokenizer.model"
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        if not wiki.exists():
-            write(wiki, "RedPajamaWikipedia", wikipedia(download("gensim==4.4.0", Path(scratch))))
-        if not code.exists():
-            write(code, "RedPajamaGithub", python_code())
-        if not tokenizer.exists():
-            aside = tokenizer.with_name("tokenizer.model.tmp")
-            aside.write_bytes(download("mistral-common==1.13.1", Path(scratch)).read("mistral_common/data/tokenizer.model.v1"))
-            _publish(aside, tokenizer)
-    print(f"text and tokenizer are in {folder} ({time.monotonic() - began:.0f} s)")
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            fetch(folder, Path(scratch))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print("stopped; what is finished is kept, start again to go on", file=sys.stderr)
+        return stop.args[0] if stop.args else 128 + signal.SIGINT
     return 0
+
+
+def fetch(folder: Path, scratch: Path) -> None:
+    """Fill the folder, Wikipedia first; wheels go to ``scratch``."""
+
+    def articles(file: BinaryIO) -> str:
+        return write(file, "RedPajamaWikipedia", wikipedia(download("gensim==4.4.0", scratch)))
+
+    def code(file: BinaryIO) -> str:
+        return write(file, "RedPajamaGithub", python_code())
+
+    def tokenizer(file: BinaryIO) -> str:
+        model = download("mistral-common==1.13.1", scratch).read("mistral_common/data/tokenizer.model.v1")
+        return f"{file.write(model)} bytes"
+
+    make(folder / "wikipedia.jsonl.zst", "articles out of gensim's package (28 MB to download)", articles)
+    make(folder / "github.jsonl.zst", f"modules of Python {sys.version_info.major}.{sys.version_info.minor} itself", code)
+    make(folder / "tokenizer.model", "out of mistral-common's package (7 MB to download)", tokenizer)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(128 + number)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     lines = [line for text in standard_library(40) for line in text.splitlines() if line.strip()][:20_000]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines + [_TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=1000, model_type="bpe", byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        character_coverage=0.995, minloglevel=2)
+        sentence_iterator=iter(lines + [_TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=1000, model_type="bpe",
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, character_coverage=0.995, minloglevel=2)
     return folder / "tokenizer.model"
 
 

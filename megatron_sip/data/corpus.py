@@ -85,7 +85,8 @@ def read_lines(files: Sequence[Path], progress: Callable[[int], None] = lambda p
                         yield Line(str(file), number, data)
                 before += raw.tell()
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{file}, after line {number}: cannot be read on ({error}); the file is truncated or damaged, fetch it again") from None
+            raise DataError(f"{file}, after line {number}: cannot be read on ({error}); the file is truncated or damaged, "
+                            "fetch it again") from None
 
 
 def parse(line: Line, keys: Sequence[str]) -> Document:

@@ -38,12 +38,15 @@ class Counts:
 
 
 class DatasetWriter:
-    """One dataset, written aside: :meth:`add` each document, :meth:`close`, then :meth:`publish`; :meth:`discard` in the end."""
+    """One dataset, written aside: :meth:`add` each document, :meth:`close`, then :meth:`publish`; :meth:`discard` in the end.
+
+    No file exists before the first document, so that whoever holds the writer can discard what there is at any moment.
+    """
 
     def __init__(self, prefix: str, dtype: type[np.integer]) -> None:
         self.prefix, self.counts = prefix, Counts()
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(self._aside(".bin"), dtype)
+        self._dtype = dtype
+        self._builder: IndexedDatasetBuilder | None = None
 
     def add(self, tokens: np.ndarray, lengths: Sequence[int], text_bytes: int) -> None:
         """Append a document.
@@ -53,6 +56,9 @@ class DatasetWriter:
             lengths: tokens of each of its sequences; empty for a document without text.
             text_bytes: size of its text in UTF-8.
         """
+        if self._builder is None:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._builder = IndexedDatasetBuilder(self._aside(".bin"), self._dtype)
         self._builder.add_document(tokens, list(lengths))
         self.counts.documents += 1
         self.counts.sequences += len(lengths)
@@ -60,12 +66,13 @@ class DatasetWriter:
         self.counts.text_bytes += text_bytes
 
     def close(self, manifest: dict[str, Any], datasets: Sequence[str]) -> None:
-        """Finish the files aside; ``datasets`` are the prefixes that the same run writes."""
+        """Finish the files aside, after one document at least; ``datasets`` are the prefixes that the same run writes."""
         self._builder.finalize(self._aside(".idx"))
         outputs = {}
         for ending in (".bin", ".idx"):
             outputs[ending] = {"bytes": os.path.getsize(self._aside(ending)), "sha256": _sha256(self._aside(ending))}
-        whole = {**manifest, "counts": asdict(self.counts), "outputs": outputs, "datasets": [os.path.basename(d) for d in datasets]}
+        names = [os.path.basename(prefix) for prefix in datasets]
+        whole = {**manifest, "counts": asdict(self.counts), "outputs": outputs, "datasets": names}
         Path(self._aside(".json")).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         for ending in (".bin", ".idx", ".json"):
             with open(self._aside(ending), "rb+") as file:
@@ -107,7 +114,8 @@ def finished(output_prefix: str, names: Sequence[str], manifest: dict[str, Any])
             continue
         difference = _difference(before, manifest)
         if difference:
-            raise DataError(f"{file} was made with {difference}; remove it with its .bin and .idx, or choose another --output-prefix")
+            raise DataError(f"{file} was made with {difference}; remove it with its .bin and .idx, "
+                            "or choose another --output-prefix")
         prefixes = [os.path.join(folder, name) for name in before["datasets"]]
         if all(_is_whole(prefix) for prefix in prefixes):
             return prefixes
@@ -130,19 +138,22 @@ def check_dataset(prefix: str, tokenizer_fingerprint: str) -> None:
         tokens, tokenizer = manifest["counts"]["tokens"], manifest["tokenizer"]
         fingerprint = tokenizer["fingerprint"]
     except FileNotFoundError:
-        print(f"warning: {prefix}.json (the manifest) is missing, so tokenizer and size of this dataset cannot be checked", file=sys.stderr)
+        print(f"warning: {prefix}.json (the manifest) is missing, so tokenizer and size of this dataset cannot be checked",
+              file=sys.stderr)
         return
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"manifest {prefix}.json is damaged ({type(error).__name__}: {error}); {_REMEDY} again") from None
     for ending, expected in sizes.items():
         size = os.path.getsize(prefix + ending)
         if size != expected:
-            raise DataError(f"dataset {prefix}{ending} has {size} bytes, its manifest says {expected}: it is truncated or of another run; {_REMEDY} again")
+            raise DataError(f"dataset {prefix}{ending} has {size} bytes, its manifest says {expected}: it is truncated or of "
+                            f"another run; {_REMEDY} again")
     if tokens == 0:
         raise DataError(f"dataset {prefix} is empty: its input held no text; remove it from data.blend")
     if fingerprint != tokenizer_fingerprint:
-        raise DataError(f"dataset {prefix} was made with another tokenizer ({tokenizer.get('file')}, {tokenizer.get('vocab_size')} tokens) than "
-                        f"data.tokenizer_model; point it at that file or {_REMEDY} again")
+        made_with = f"{tokenizer.get('file')}, {tokenizer.get('vocab_size')} tokens"
+        raise DataError(f"dataset {prefix} was made with another tokenizer ({made_with}) than data.tokenizer_model; "
+                        f"point it at that file or {_REMEDY} again")
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_sip.config import DataSection
 from megatron_sip.data import DataError
@@ -57,7 +58,8 @@ class PairConfig(BlendedMegatronDatasetConfig):
 class PairDataset(MegatronDataset):
     """Pairs of one split of one dataset. ``dataset[i]`` -> tokens [prefix + suffix] int64, document, offset, source."""
 
-    def __init__(self, dataset: IndexedDataset, dataset_path: str, indices: np.ndarray, num_samples: int | None, index_split: Any, config: PairConfig) -> None:
+    def __init__(self, dataset: IndexedDataset, dataset_path: str, indices: np.ndarray, num_samples: int | None,
+                 index_split: Split, config: PairConfig) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         length = config.sequence_length
         lengths = np.diff(_token_starts(dataset))[indices]
@@ -74,15 +76,16 @@ class PairDataset(MegatronDataset):
             return
         config, longest = self.config, int(self._lengths.max()) if len(self._lengths) else 0
         raise DataError(
-            f"{self.dataset_path}: no pair of {config.prefix_length} + {config.suffix_length} = {config.sequence_length} tokens in the "
-            f"{self.index_split.name} split ({len(self._lengths)} of {self.numel_low_level_dataset(self.dataset)} documents, the longest has {longest} "
-            "tokens); give more or longer documents, change data.split, or shorten data.prefix_length")
+            f"{self.dataset_path}: no pair of {config.prefix_length} + {config.suffix_length} = {config.sequence_length} tokens "
+            f"in the {self.index_split.name} split ({len(self._lengths)} of {self.numel_low_level_dataset(self.dataset)} "
+            f"documents, the longest has {longest} tokens); give more or longer documents, change data.split, or shorten "
+            "data.prefix_length")
 
     def describe(self) -> str:
         """One line for people: pairs an epoch, documents, and how many of those are too short for a pair."""
         short = int(np.count_nonzero(self._lengths < self.config.sequence_length))
-        return (f"{self.dataset_path}: {self.pairs_per_epoch} {self.index_split.name} pairs an epoch of {len(self._lengths)} documents, "
-                f"{short} of them too short")
+        return (f"{self.dataset_path}: {self.pairs_per_epoch} {self.index_split.name} pairs an epoch of {len(self._lengths)} "
+                f"documents, {short} of them too short")
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -149,7 +152,8 @@ class Pairs:
                     tuple(tokens[self._prefix_length:]), item["offset"] == 0)
 
 
-def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int, tokenizer_fingerprint: str) -> tuple[Pairs, Pairs]:
+def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int,
+                tokenizer_fingerprint: str) -> tuple[Pairs, Pairs]:
     """Training and validation pairs. With torch.distributed initialised, all ranks call it.
 
     Args:
@@ -160,10 +164,12 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
         DataError: a dataset is missing, damaged, empty, of another tokenizer, or has no pair in a split.
     """
     if not data.blend:
-        raise DataError("data.blend is empty; name datasets made by tools/preprocess_data.py, e.g. data.blend=[[1.0, tokens/wiki_text_document]]")
+        raise DataError("data.blend is empty; name datasets made by tools/preprocess_data.py, "
+                        "e.g. data.blend=[[1.0, tokens/wiki_text_document]]")
     prefixes, weights = [str(prefix) for _, prefix in data.blend], [weight for weight, _ in data.blend]
     if min(weights) <= 0:
-        raise DataError(f"data.blend: weight {min(weights)} of {prefixes[weights.index(min(weights))]} is not above 0; remove the dataset instead")
+        lightest = prefixes[weights.index(min(weights))]
+        raise DataError(f"data.blend: weight {min(weights)} of {lightest} is not above 0; remove the dataset instead")
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
             raise DataError(f"data.blend names {prefix} twice; give it the sum of the weights once")
@@ -172,7 +178,8 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
         raise DataError(f"data.split={data.split} is no list of shares; set e.g. data.split=98,2")
     config = PairConfig(
         random_seed=seed, sequence_length=data.prefix_length + data.suffix_length, prefix_length=data.prefix_length,
-        suffix_length=data.suffix_length, cut=data.cut, split=data.split, blend=(prefixes, weights if len(prefixes) > 1 else None))
+        suffix_length=data.suffix_length, cut=data.cut, split=data.split,
+        blend=(prefixes, weights if len(prefixes) > 1 else None))
     if config.split_matrix[0] is None:
         raise DataError(f"data.split={data.split} leaves no documents for training; set e.g. data.split=98,2")
     if valid_pairs and config.split_matrix[1] is None:

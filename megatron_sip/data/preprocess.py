@@ -127,9 +127,10 @@ def _manifest(settings: Settings, files: Sequence[Path], tokenizer: Tokenizer) -
     return {
         "megatron_sip": megatron_sip.__version__,
         "output_prefix": os.path.basename(settings.output_prefix),
-        "tokenizer": {"file": str(settings.tokenizer_model), "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        "settings": {"json_keys": list(settings.json_keys), "append_eod": settings.append_eod, "split_sentences": settings.split_sentences,
-                     "split_by_subset": settings.split_by_subset},
+        "tokenizer": {"file": str(settings.tokenizer_model), "fingerprint": tokenizer.fingerprint,
+                      "vocab_size": tokenizer.vocab_size},
+        "settings": {"json_keys": list(settings.json_keys), "append_eod": settings.append_eod,
+                     "split_sentences": settings.split_sentences, "split_by_subset": settings.split_by_subset},
         "input": [{"file": str(file), "name": file.name, "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for file, s in sizes],
     }
 
@@ -139,7 +140,8 @@ def _manifest(settings: Settings, files: Sequence[Path], tokenizer: Tokenizer) -
 _worker: Callable[[list[Line]], list[Encoded]]
 
 
-def _encode(settings: Settings, files: Sequence[Path], tokenizer: Tokenizer, progress: _Progress) -> Iterator[list[Encoded]]:
+def _encode(settings: Settings, files: Sequence[Path], tokenizer: Tokenizer,
+            progress: _Progress) -> Iterator[list[Encoded]]:
     chunks = _chunks(read_lines(files, progress.read))
     if settings.workers == 1:
         yield from map(_encoder(settings, tokenizer), chunks)
@@ -154,7 +156,8 @@ def _encode(settings: Settings, files: Sequence[Path], tokenizer: Tokenizer, pro
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise DataError("a worker process died; the usual reason is too little memory: start again with fewer --workers") from None
+        raise DataError("a worker process died; the usual reason is too little memory: start again with fewer --workers"
+                        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -197,7 +200,7 @@ def _encoder(settings: Settings, tokenizer: Tokenizer) -> Callable[[list[Line]],
 
     def encode_text(text: str) -> list[list[int]]:
         # Only the first sentence begins the document; put together, sentences read as the document does.
-        parts = [tokenizer.encode_part(text[a:b]) if a else tokenizer.encode(text[a:b]) for a, b in spans(text)] if text else []
+        parts = [(tokenizer.encode_part if a else tokenizer.encode)(text[a:b]) for a, b in (spans(text) if text else [])]
         parts = [part for part in parts if part]
         if parts and settings.append_eod:
             parts[-1].append(tokenizer.eod_id)
@@ -241,12 +244,14 @@ class _Progress:
             return
         seconds, left = self._seconds(), max(0, self._total - self._read)
         eta = f"{seconds * left / self._read:.0f} s" if self._read else "unknown"
-        self._say(f"{self._documents} documents | {self._documents / seconds:.0f} documents/s | {self._text_bytes / seconds / 1e6:.2f} MB/s of text | ETA {eta}")
+        self._say(f"{self._documents} documents | {self._documents / seconds:.0f} documents/s | "
+                  f"{self._text_bytes / seconds / 1e6:.2f} MB/s of text | ETA {eta}")
 
     def finish(self, tokens: int, prefixes: list[str]) -> None:
         seconds = self._seconds()
-        self._say(f"done: {self._documents} documents, {tokens} tokens, {self._text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s "
-                  f"({self._documents / seconds:.0f} documents/s, {self._text_bytes / seconds / 1e6:.2f} MB/s) -> {', '.join(prefixes)}")
+        rate = f"{self._documents / seconds:.0f} documents/s, {self._text_bytes / seconds / 1e6:.2f} MB/s"
+        self._say(f"done: {self._documents} documents, {tokens} tokens, {self._text_bytes / 1e6:.1f} MB of text "
+                  f"in {seconds:.1f} s ({rate}) -> {', '.join(prefixes)}")
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._began, 1e-6)

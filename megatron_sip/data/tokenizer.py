@@ -43,14 +43,15 @@ class Tokenizer:
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise DataError(f"tokenizer {path} cannot be read ({error.strerror}); point data.tokenizer_model or --tokenizer-model "
-                            "at a sentencepiece model file (tokenizer.model)") from None
+            raise DataError(f"tokenizer {path} cannot be read ({error.strerror}); point data.tokenizer_model or "
+                            "--tokenizer-model at a sentencepiece model file (tokenizer.model)") from None
         proto = sentencepiece_model_pb2.ModelProto()
         try:
             self._document = sentencepiece.SentencePieceProcessor(model_proto=model)
             proto.ParseFromString(model)
         except Exception:
-            raise DataError(f"tokenizer {path} is no sentencepiece model; a Llama tokenizer.model is one, a tokenizer.json is not") from None
+            raise DataError(f"tokenizer {path} is no sentencepiece model; a Llama tokenizer.model is one, "
+                            "a tokenizer.json is not") from None
         self._strips_space = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix = False
         proto.normalizer_spec.remove_extra_whitespaces = False  # a space at the cut belongs to the text

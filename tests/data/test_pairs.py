@@ -33,8 +33,14 @@ def datasets(tmp_path_factory, tokenizer_model):
     folder = tmp_path_factory.mktemp("tokens")
     for name, texts in (("a", TEXTS[:40]), ("b", TEXTS[40:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t[:6000]}) + "\n" for t in texts))
-        preprocess(Settings((str(folder / f"{name}.jsonl"),), str(folder / name), str(tokenizer_model), append_eod=True), say=lambda line: None)
+        tokenize(folder / f"{name}.jsonl", tokenizer_model, append_eod=True)
     return folder
+
+
+def tokenize(file, tokenizer_model, **more):
+    """Path prefix of the dataset, which stands beside the file."""
+    [prefix] = preprocess(Settings((str(file),), str(file.with_suffix("")), str(tokenizer_model), **more), say=lambda line: None)
+    return prefix
 
 
 def section(folder, *names, **more):
@@ -55,7 +61,7 @@ def test_every_pair_is_its_documents_encoding_at_its_offset(datasets, tokenizer,
         for pair in (pairs[i] for i in range(len(pairs))):
             at = pair.id.offset
             assert list(pair.prefix_ids + pair.suffix_ids) == encoded[pair.id.document][at : at + P + S]
-            assert len(pair.prefix_ids) == P and len(pair.suffix_ids) == S and pair.at_document_start == (at == 0)
+            assert (len(pair.prefix_ids), len(pair.suffix_ids), pair.at_document_start) == (P, S, at == 0)
             if cut == "consecutive":
                 assert at % (P + S) == 0
 
@@ -97,8 +103,9 @@ def test_a_random_cut_is_uniform_and_fixed_by_the_seed(datasets, tokenizer):
     assert [train[i] for i in range(36)] == [again[i] for i in range(36)]
     dataset = IndexedDataset(str(datasets / "a_text_document"))
     lengths = [int(n) for n in dataset.sequence_lengths]
-    places = [p.id.offset / (lengths[p.id.document] - P - S) for p in (train[i] for i in range(36)) if lengths[p.id.document] > P + S]
-    assert 0.3 < np.mean(places) < 0.7 and len({p.id.document for p in (train[i] for i in range(36))}) == 36
+    ids = [pair.id for pair in train]
+    places = [p.offset / (lengths[p.document] - P - S) for p in ids if lengths[p.document] > P + S]
+    assert 0.3 < np.mean(places) < 0.7 and len({p.document for p in ids}) == 36
 
 
 def test_an_epoch_of_a_blended_dataset_is_whole(datasets, tokenizer):
@@ -127,10 +134,12 @@ def test_only_pairs_that_were_asked_for_exist(datasets, tokenizer):
 
 
 def test_short_documents_are_counted(tmp_path, tokenizer, tokenizer_model):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("short", "", TEXTS[0][:4000], TEXTS[1][:4000])))
-    preprocess(Settings((str(tmp_path / "a.jsonl"),), str(tmp_path / "a"), str(tokenizer_model)), say=lambda line: None)
+    texts = ("short", "", TEXTS[0][:4000], TEXTS[1][:4000])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenize(tmp_path / "a.jsonl", tokenizer_model)
     train, _ = pairs_of(tmp_path, tokenizer, train=9, valid=0, split="100")
-    assert train.datasets[0].describe().endswith(f"{train.datasets[0].pairs_per_epoch} train pairs an epoch of 4 documents, 2 of them too short")
+    expected = sum(len(tokenizer.encode(t)) // (P + S) for t in texts)
+    assert train.datasets[0].describe().endswith(f": {expected} train pairs an epoch of 4 documents, 2 of them too short")
     assert {train[i].id.document for i in range(9)} <= {2, 3}  # documents without text keep their numbers
 
 
@@ -138,7 +147,7 @@ def test_sentences_are_cut_as_one_document(tmp_path, tokenizer, tokenizer_model)
     pytest.importorskip("nupunkt")
     texts = [f"Number {n} is here. " * 40 + "Is it?\n\nYes, it is! " * 40 for n in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    [prefix] = preprocess(Settings((str(tmp_path / "a.jsonl"),), str(tmp_path / "a"), str(tokenizer_model), split_sentences=True), say=lambda line: None)
+    prefix = tokenize(tmp_path / "a.jsonl", tokenizer_model, split_sentences=True)
     data = DataSection(blend=[(1.0, prefix)], prefix_length=P, suffix_length=S, split="100")
     train, _ = build_pairs(data, 3, 30, 0, tokenizer.fingerprint)
     dataset = IndexedDataset(prefix)
@@ -152,7 +161,8 @@ def test_sentences_are_cut_as_one_document(tmp_path, tokenizer, tokenizer_model)
 
 def _rank(rank: int, folder: Path, fingerprint: str, out: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=60))
     train, valid = build_pairs(section(folder, "a", "b"), 7, 60, 10, fingerprint)
     lines = [repr(pair) for pairs in (train, valid) for pair in pairs]
     try:

@@ -37,6 +37,10 @@ def run(tmp_path, tokenizer_model, *files, **more):
     return preprocess(Settings(tuple(map(str, files)), tokenizer_model=str(tokenizer_model), **more), say=lambda line: None)
 
 
+def names(prefixes) -> list[str]:
+    return [Path(prefix).name for prefix in prefixes]
+
+
 def read(prefix) -> list[list[int]]:
     dataset = IndexedDataset(prefix)
     index = dataset.document_indices  # a view into the mapped file, which lives as long as `dataset`
@@ -65,7 +69,7 @@ def test_subsets_become_datasets_of_their_own(tmp_path, tokenizer_model):
     metas = [{"redpajama_set_name": "RedPajamaWikipedia"}, json.dumps({"redpajama_set_name": "RedPajamaC4"}), {}]
     file = write_lines(tmp_path / "a.jsonl", [{"text": t, "meta": m} for t, m in zip(TEXTS, metas)])
     prefixes = run(tmp_path, tokenizer_model, file, split_by_subset=True)
-    assert [Path(p).name for p in prefixes] == ["d_RedPajamaWikipedia_text_document", "d_RedPajamaC4_text_document", "d_none_text_document"]
+    assert names(prefixes) == ["d_RedPajamaWikipedia_text_document", "d_RedPajamaC4_text_document", "d_none_text_document"]
     assert all(len(read(p)) == 1 for p in prefixes)
 
 
@@ -90,7 +94,8 @@ def test_documents_without_text_keep_their_numbers(tmp_path, tokenizer_model):
     file = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in ("", "one", "", "two", "")])
     [prefix] = run(tmp_path, tokenizer_model, file)
     tokenizer = Tokenizer(tokenizer_model)
-    assert read(prefix) == [[], [*tokenizer.encode("one"), tokenizer.eod_id], [], [*tokenizer.encode("two"), tokenizer.eod_id], []]
+    one, two = (tokenizer.encode(text) + [tokenizer.eod_id] for text in ("one", "two"))
+    assert read(prefix) == [[], one, [], two, []]
     assert json.loads(Path(prefix + ".json").read_text())["counts"]["documents"] == 5
 
 
@@ -100,9 +105,10 @@ def test_megatrons_gpt_dataset_reads_it(tmp_path, tokenizer_model):
     tokenizer = Tokenizer(tokenizer_model)
     every = {i for document in read(prefix) for i in document}
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=64, split="1", blend=([prefix], None), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=False,
-        tokenizer=SimpleNamespace(eod=tokenizer.eod_id, pad=-1, vocab_size=tokenizer.vocab_size, unique_identifiers={"file": tokenizer.fingerprint}))
+        random_seed=1, sequence_length=64, split="1", blend=([prefix], None), reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        tokenizer=SimpleNamespace(eod=tokenizer.eod_id, pad=-1, vocab_size=tokenizer.vocab_size,
+                                  unique_identifiers={"file": tokenizer.fingerprint}))
     dataset, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [20, 0, 0], lambda: True, config).build()
     for i in range(20):
         tokens = dataset[i]["tokens"].tolist()
@@ -111,7 +117,7 @@ def test_megatrons_gpt_dataset_reads_it(tmp_path, tokenizer_model):
 
 def test_two_keys_make_two_datasets(tmp_path, tokenizer_model):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "one", "title": "two"}])
-    assert [Path(p).name for p in run(tmp_path, tokenizer_model, file, json_keys=("text", "title"))] == ["d_text_document", "d_title_document"]
+    assert names(run(tmp_path, tokenizer_model, file, json_keys=("text", "title"))) == ["d_text_document", "d_title_document"]
 
 
 def test_a_longer_prefix_is_another_dataset(tmp_path, tokenizer_model):
@@ -120,11 +126,12 @@ def test_a_longer_prefix_is_another_dataset(tmp_path, tokenizer_model):
         [prefix] = run(tmp_path, tokenizer_model, file, output_prefix=str(tmp_path / "out" / name))
         assert prefix.endswith(f"/{name}_text_document") and read(prefix)
     prefixes = run(tmp_path, tokenizer_model, file, output_prefix=str(tmp_path / "out" / "d"), split_by_subset=True)
-    assert [Path(p).name for p in prefixes] == ["d_none_text_document"]
+    assert names(prefixes) == ["d_none_text_document"]
 
 
 def test_subsets_whose_names_become_the_same_are_one_dataset(tmp_path, tokenizer_model):
-    file = write_lines(tmp_path / "a.jsonl", [{"text": t, "meta": {"redpajama_set_name": n}} for t, n in (("one", "A B"), ("two", "A-B"))])
+    records = [{"text": t, "meta": {"redpajama_set_name": n}} for t, n in (("one", "A B"), ("two", "A-B"))]
+    file = write_lines(tmp_path / "a.jsonl", records)
     [prefix] = run(tmp_path, tokenizer_model, file, split_by_subset=True)
     assert len(read(prefix)) == 2
 
@@ -176,7 +183,8 @@ def test_a_truncated_file_is_an_error_not_an_end(tmp_path, tokenizer_model, endi
 
 
 def test_several_zstandard_frames_are_one_file(tmp_path, tokenizer_model):
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(json.dumps({"text": t}).encode() + b"\n") for t in ("one", "two")))
+    frames = [zstandard.compress(json.dumps({"text": t}).encode() + b"\n") for t in ("one", "two")]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     [prefix] = run(tmp_path, tokenizer_model, tmp_path / "a.jsonl.zst")
     assert len(read(prefix)) == 2
 
@@ -222,7 +230,9 @@ def test_a_damaged_output_is_written_anew(tmp_path, tokenizer_model):
     file = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS[:3]])
     [prefix] = run(tmp_path, tokenizer_model, file)
     whole = Path(prefix + ".bin").read_bytes()
-    for damage in (lambda: Path(prefix + ".bin").write_bytes(whole[:-8]), Path(prefix + ".idx").unlink, lambda: Path(prefix + ".json").write_text("{")):
+    damages = [lambda: Path(prefix + ".bin").write_bytes(whole[:-8]), Path(prefix + ".idx").unlink,
+               lambda: Path(prefix + ".json").write_text("{")]
+    for damage in damages:
         damage()
         assert run(tmp_path, tokenizer_model, file) == [prefix] and Path(prefix + ".bin").read_bytes() == whole
 

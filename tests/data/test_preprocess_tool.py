@@ -75,8 +75,8 @@ def tool(tmp_path, tokenizer_model):
     started = []
 
     def start(file: Path, *flags: str, largest_file: int = 0) -> Tool:
-        arguments = ["--input", str(file), "--output-prefix", str(tmp_path / "out" / "d"), "--tokenizer-model", str(tokenizer_model), *flags]
-        started.append(Tool(tmp_path, arguments, largest_file))
+        arguments = ["--input", file, "--output-prefix", tmp_path / "out" / "d", "--tokenizer-model", tokenizer_model, *flags]
+        started.append(Tool(tmp_path, list(map(str, arguments)), largest_file))
         return started[-1]
 
     yield start
