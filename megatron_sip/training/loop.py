@@ -136,6 +136,8 @@ class Trainer:
         self.train_pairs, self.valid_pairs = build_pairs(
             config.data, config.run.seed, config.train.train_iters * config.train.global_batch_size, self._eval_pairs(),
             self.tokenizer.fingerprint)
+        for dataset in self.train_pairs.datasets:
+            self._say(dataset.describe())
         peers = self.runtime.world_size // self.runtime.dp_size - 1
         self.exchange = Exchange(self.runtime.store, self.runtime.dp_rank, peers, self.runtime.is_lead, self.runtime.timeout, f"rank {self.runtime.rank}")
 
