@@ -164,8 +164,8 @@ def test_from_hf_prints_the_section_that_fits(exported: Path, tmp_path: Path) ->
     assert Path(printed["data"]["tokenizer_model"]).read_bytes() == (exported / "tokenizer.model").read_bytes()
     assert (tmp_path / "start" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     settings = tmp_path / "run.yaml"
-    settings.write_text(found.stdout + yaml.safe_dump({"pool": {"rewrite": False, "rollouts": 0}, "objective": {"dpo_weight": 0},
-                                                       "data": {**printed["data"], "prefix_length": 8, "suffix_length": 8}}))
+    settings.write_text(yaml.safe_dump({**printed, "pool": {"rewrite": False, "rollouts": 0}, "objective": {"dpo_weight": 0},
+                                        "data": {**printed["data"], "prefix_length": 8, "suffix_length": 8}}))
     check_init_folder(HfFolder(tmp_path / "start"), load_config(settings), VOCAB)
 
 
