@@ -52,20 +52,18 @@ def main() -> int:
     try:
         documents = read_documents(options.files, 2 * options.words + 20)
         if options.url:
-            asyncio.run(probe(options, documents, options.url, os.environ.get(KEY_VARIABLE)))
-            return 0
+            return not asyncio.run(probe(options, documents, options.url, os.environ.get(KEY_VARIABLE)))
         with tempfile.TemporaryDirectory() as logs:
             servers = LocalServers(options.model, 1, log_dir=Path(logs), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
             try:
                 servers.start()
                 servers.wait_ready()
-                asyncio.run(probe(options, documents, servers.urls[0], servers.api_key))
+                return not asyncio.run(probe(options, documents, servers.urls[0], servers.api_key))
             finally:
                 servers.close()
     except (ServerError, TeacherError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def read_documents(files: Sequence[Path], words: int) -> list[list[str]]:
@@ -86,7 +84,8 @@ def read_documents(files: Sequence[Path], words: int) -> list[list[str]]:
     return documents
 
 
-async def probe(options: argparse.Namespace, documents: list[list[str]], url: str, key: str | None) -> None:
+async def probe(options: argparse.Namespace, documents: list[list[str]], url: str, key: str | None) -> bool:
+    """Measure and report; False if the server failed before the last passage."""
     fleet = Fleet([url], key, concurrency=options.concurrency, request_timeout=600.0, retries=1)
     rng, model = random.Random(options.seed), Bigrams(documents)
     results: list[dict[str, tuple[Likelihood, Guard, int]]] = []
@@ -95,7 +94,9 @@ async def probe(options: argparse.Namespace, documents: list[list[str]], url: st
             prefix, texts = passage(documents, options.words, rng, model)
             found = await asyncio.gather(*(measure(fleet, options.model, prefix, text) for text in texts.values()))
             if None in found:
-                raise ValueError(f"the server at {url} gave no log-probabilities of passage {number}; is it vLLM and does it serve {options.model}?")
+                print(f"\nerror: the server at {url} gave no log-probabilities of passage {number + 1}; is it vLLM, does it live, and does it "
+                      f"serve {options.model}?", file=sys.stderr)
+                break
             guards = [guard(prefix, text, options.max_prefix_overlap, options.max_repetition) for text in texts.values()]
             lengths = [len(text.split()) if "cut" in name else options.words for name, text in texts.items()]
             results.append(dict(zip(texts, zip(found, guards, lengths))))
@@ -103,7 +104,9 @@ async def probe(options: argparse.Namespace, documents: list[list[str]], url: st
     finally:
         await fleet.aclose()
     print(file=sys.stderr)
-    report(results)
+    if results:
+        report(results)
+    return len(results) == options.passages
 
 
 # -- corruptions ------------------------------------------------------------------------------------------------------
