@@ -46,7 +46,7 @@ def _processes() -> list[str]:
 @pytest.mark.slow
 def test_a_teacher_that_cannot_start_is_told_with_its_log(world, tmp_path):
     process = subprocess.run(
-        [sys.executable, "-m", "megatron_sip.train", "--config", str(world.config), f"run.dir={tmp_path / 'run'}", f"teacher.model={tmp_path}"],
+        [sys.executable, "-m", "megatron_sip.train", "--config", str(world.config), f"run.dir={tmp_path / 'run'}", f"teacher.model={tmp_path}", "teacher.ready_timeout=180"],
         capture_output=True, text=True, timeout=240, env=dict(os.environ))
     assert process.returncode == 2
     assert "teacher server 0 (port" in process.stderr and "ended with exit code" in process.stderr and "teacher_server_0.log" in process.stderr
