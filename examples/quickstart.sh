@@ -58,7 +58,7 @@ main() {
     stage "Twin" "the same pairs in the same order, next-token prediction alone"
     train "$ntp" configs/tiny_cpu_ntp.yaml
 
-    stage "Evaluate" "both as Hugging Face folders; their greedy continuations of held-out prefixes side by side"
+    stage "Evaluate" "both as Hugging Face folders; their continuations of held-out prefixes side by side, greedy and sampled; two minutes"
     evaluate
 
     stage "Report" "curves, pools to read, and the comparison on one page"
@@ -131,16 +131,22 @@ evaluate() {
     export_hf "$sip"
     export_hf "$ntp"
     made="$(<"$sip/hf.of") $(<"$ntp/hf.of")"
-    if [[ -f $sip/evaluation.json && -f $stamp && $(<"$stamp") == "$made" ]]; then
-        note "reused: $sip/evaluation.txt"
+    if [[ -f $sip/evaluation_sampled.json && -f $stamp && $(<"$stamp") == "$made" ]]; then
+        note "reused: $sip/evaluation.txt, $sip/evaluation_sampled.txt"
         return
     fi
-    # A judge that trained the policy (the teacher) and one that did not (sentence embeddings); the program names them so.
-    must "$python" tools/evaluate.py "$sip/hf" --against "$ntp/hf" --config configs/tiny_cpu.yaml "${settings[@]}" \
-        "teacher.model=$(quoted "$work/teacher")" --output "$sip/evaluation.json" >"$sip/evaluation.tmp"
-    mv "$sip/evaluation.tmp" "$sip/evaluation.txt"
-    cat "$sip/evaluation.txt"
+    # Greedy text of models this small goes round in circles, so sampled text is compared as well.
+    compare 0 evaluation
+    compare 1 evaluation_sampled
     write "$stamp" "$made"
+}
+
+# compare TEMPERATURE NAME: a judge that trained the policy (the teacher) and one that did not (sentence embeddings); the program names them so.
+compare() {
+    must "$python" tools/evaluate.py "$sip/hf" --against "$ntp/hf" --config configs/tiny_cpu.yaml "${settings[@]}" \
+        "teacher.model=$(quoted "$work/teacher")" --temperature "$1" --output "$sip/$2.json" >"$sip/evaluation.tmp"
+    mv "$sip/evaluation.tmp" "$sip/$2.txt"
+    cat "$sip/$2.txt"
 }
 
 # The newest checkpoint of RUN_DIR as RUN_DIR/hf; hf.of says which one that is.
@@ -166,7 +172,7 @@ finish() {
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
   the page     $sip/report.html: suffix loss of both runs, where chosen suffixes came from beside the chance level,
                pools to read (prefix, candidates, scores, choice)
-  comparison   $sip/evaluation.txt
+  comparison   $sip/evaluation.txt (greedy), $sip/evaluation_sampled.txt
   numbers      $sip/metrics.jsonl, pools: $sip/audit.jsonl
   models       $sip/hf, $ntp/hf (transformers and vLLM load them)
 Again from another start: remove $sip and $ntp; text, teacher and tokens in $work stay.

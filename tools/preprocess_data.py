@@ -9,8 +9,11 @@ import argparse
 import functools
 import signal
 import sys
+from pathlib import Path
 
-from megatron_sip.data import DataError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.data import DataError  # noqa: E402
 
 
 def main() -> int:

@@ -12,7 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sip.report import ReportError, write_report
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sip.report import ReportError, write_report  # noqa: E402
 
 
 def main() -> int:

@@ -61,6 +61,7 @@ class Report:
     model_b: str
     prefixes: int
     max_tokens: int
+    temperature: float  # 0 is greedy
     comparisons: tuple[Comparison, ...]
     statistics: tuple[Comparison, ...]
     originals: dict[str, float]
@@ -132,6 +133,7 @@ def evaluate(
         model_b=str(model_b.folder),
         prefixes=len(pairs),
         max_tokens=max_tokens,
+        temperature=model_a.temperature,
         comparisons=tuple(comparisons),
         statistics=tuple(compare(n, [x[n] for x in numbers[0]], [x[n] for x in numbers[1]], seed=seed) for n in names),
         originals={n: sum(x[n] for x in numbers[2]) / len(pairs) for n in names},

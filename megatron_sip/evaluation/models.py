@@ -59,7 +59,7 @@ class TrainedModel:
             self._sampler.sync(0)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EvaluationError(f"{folder} cannot be loaded as a Llama model: {error}") from None
-        self.folder, self._batch_size, self._device = folder, batch_size, device
+        self.folder, self.temperature, self._batch_size, self._device = folder, temperature, batch_size, device
 
     def continuations(self, prefixes: Sequence[Sequence[int]], max_tokens: int, seeds: Sequence[int]) -> list[tuple[int, ...]]:
         """One continuation of each prefix, at most ``max_tokens``; the end-of-document token, if written, is the last.

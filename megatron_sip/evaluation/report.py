@@ -20,10 +20,11 @@ _WIDTH = 110
 
 def format_report(report: Report, show: int = 4) -> str:
     """The whole report as text, with the first ``show`` prefixes to read."""
+    how = "greedy" if report.temperature == 0 else f"sampled (temperature {report.temperature:g})"
     lines = [
         f"A  {report.model_a}",
         f"B  {report.model_b}",
-        f"{report.prefixes} held-out prefixes, continuations of at most {report.max_tokens} tokens",
+        f"{report.prefixes} held-out prefixes, {how} continuations of at most {report.max_tokens} tokens",
         "",
     ]
     lines += [

@@ -1,6 +1,6 @@
 """What a run did, as one HTML page: curves, comparison, pools to read.
 
-In: run folders with ``metrics.jsonl`` and, where they exist, ``run.yaml``, ``audit.jsonl``, ``evaluation.json``.
+In: run folders with ``metrics.jsonl`` and, where they exist, ``run.yaml``, ``audit.jsonl``, ``evaluation*.json``.
 Out: ``report.html`` in the first folder; it needs nothing from the network and shows every text as text.
 
 - ``records``  reads a run folder, whatever is missing or half-written

@@ -143,6 +143,8 @@ def draw(chart: Chart, runs: Sequence[tuple[str, Run]]) -> str | None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.01)
         _scale(axes, chart)
+        if chart.kind == "stack" and len(runs) > 1:
+            axes.set_title(measured[0][0], loc="right", fontsize="small")
         _legend(figure, chart, present, [label for label, _ in measured], [label for label, _ in runs])
         return _svg(figure)
 

@@ -53,7 +53,7 @@ def render(runs: Sequence[Run]) -> str:
     template = environment.from_string(resources.files("megatron_sip.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         run=first, labels=labels, headline=tables.headline(first), end_rows=tables.end_rows(runs), drops=tables.drops(first),
-        evaluation=tables.evaluation(first.evaluation), sections=sections, pools=pools.select(read_audit(first.dir)), visible=pools.visible)
+        evaluations=[shown for tree in first.evaluations.values() if (shown := tables.evaluation(tree))], sections=sections, pools=pools.select(read_audit(first.dir)), visible=pools.visible)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -57,7 +57,7 @@ def _without_repeats(groups: list[tuple[str, Iterable[dict[str, Any]]]]) -> list
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
-    pair = record.get("pair") or {}
+    pair = record.get("pair") if isinstance(record.get("pair"), dict) else {}
     prefix = str(record.get("prefix", ""))
     candidates = [_candidate(record, i, c) for i, c in enumerate(record.get("candidates") or [])]
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Run:
         steps: step -> metrics of that step, finite numbers only, in the order of steps.
         settings: the tree of ``run.yaml``; empty if there is none.
         settings_text: the same as it stands in the file.
-        evaluation: the tree of ``evaluation.json`` (tools/evaluate.py --output), or None.
+        evaluations: trees of ``evaluation*.json`` (tools/evaluate.py --output) by file name.
     """
 
     dir: Path
@@ -40,7 +40,7 @@ class Run:
     steps: dict[int, dict[str, float]]
     settings: dict[str, Any] = field(default_factory=dict)
     settings_text: str = ""
-    evaluation: dict[str, Any] | None = None
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps at which ``key`` was measured, and its values."""
@@ -68,9 +68,10 @@ def read_run(folder: Path) -> Run:
     except yaml.YAMLError as error:
         raise ReportError(f"{folder / 'run.yaml'} is not YAML ({error}); restore it, or remove it to do without") from None
     settings = settings if isinstance(settings, dict) else {}
-    run = Run(folder, folder.resolve().name, steps, settings, text, _read_evaluation(folder / "evaluation.json"))
+    evaluations = {path.name: tree for path in sorted(folder.glob("evaluation*.json")) if (tree := _read_evaluation(path))}
+    run = Run(folder, folder.resolve().name, steps, settings, text, evaluations)
     name = run.setting("run", "name")
-    return run if name is None else Run(run.dir, str(name), steps, settings, text, run.evaluation)
+    return run if name is None else replace(run, name=str(name))
 
 
 def read_audit(folder: Path) -> Iterator[dict[str, Any]]:

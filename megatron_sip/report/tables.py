@@ -101,7 +101,9 @@ def evaluation(tree: dict[str, Any] | None) -> dict[str, Any] | None:
         c.get("mean_a"), c.get("mean_b"), (tree.get("originals") or {}).get(c.get("name")))]) for c in tree.get("statistics") or [] if isinstance(c, dict)]
     guarded = [(name, [_written(share, _SHARES) for share in shares]) for name, shares in (tree.get("guarded") or {}).items()]
     samples = [s for s in tree.get("samples") or [] if isinstance(s, dict)][:3]
-    return {"a": str(tree.get("model_a", "A")), "b": str(tree.get("model_b", "B")), "prefixes": tree.get("prefixes", "?"),
+    temperature = tree.get("temperature")
+    how = "" if temperature is None else "greedy " if temperature == 0 else f"sampled (temperature {temperature:g}) "
+    return {"how": how, "a": str(tree.get("model_a", "A")), "b": str(tree.get("model_b", "B")), "prefixes": tree.get("prefixes", "?"),
             "rows": rows, "statistics": statistic, "guarded": guarded, "samples": samples}
 
 

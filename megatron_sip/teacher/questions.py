@@ -23,9 +23,9 @@ PLACEHOLDERS = {
     "quality": ("prefix", "candidate_a", "candidate_b"),
     "safety": ("candidate",),
     "factuality": ("prefix", "reference", "candidate"),
-    "rewrite": ("prefix", "suffix"),
+    "rewrite": ("suffix",),
 }
-OPTIONAL = {"rewrite": ("words",)}
+OPTIONAL = {"rewrite": ("prefix", "words")}
 CHOICES = {"quality": ("A", "B"), "safety": ("yes", "no"), "factuality": ("none", "possible", "definite")}
 
 # <|...|> and its full-width form, <s>, [INST], <<SYS>>, <start_of_turn>, <think>, ...: what chat templates are made of.

@@ -8,7 +8,7 @@ What is joined to what:
 - The white space with which the original (after such a piece) begins is the rewrite's, too.
 - An echo of the prefix's end, quotation marks or a code fence around the whole, and our own fence lines are taken off; nothing else.
 
-Nothing left, or a refusal, is ``None``. A rewrite does not depend on the policy: it is a function of prefix, original, prompt,
+Nothing left, a refusal, or an echo of the instruction (which small teachers give) is ``None``. A rewrite does not depend on the policy: it is a function of prefix, original, prompt,
 sampling settings and model, and these are its key in the cache. Refusals are kept as well, missing answers are not.
 """
 
@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _HALF_WORD = re.compile(r"\S{1,40}(?!\S)")  # no longer: a script without spaces has no half words
 _ECHO = 12  # characters of the prefix's end that count as an echo
+_INSTRUCTION = 7  # words in a row that an answer has from the instruction
 _QUOTES = {'"': '"', "“": "”", "«": "»", "'": "'", "‘": "’"}
 _REFUSAL = re.compile(r"(?:i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e|i can(?:no|['’])t|i (?:am|['’]m) (?:not able|unable)|i will not|i won['’]t|"
                       r"as an? (?:ai|artificial|language model))\b", re.IGNORECASE)
@@ -59,7 +60,8 @@ class Rewriter:
             answer = await self._ask(prefix + kept, rest)
             if answer is None:
                 return None
-            written = join(prefix + kept, rest, answer)
+            echo = echoes(self._template.template, answer, prefix + original)
+            written = None if echo else join(prefix + kept, rest, answer)
             await self._cache.put(key, written)
         if written is None:
             self._fleet.note("rewrite", "refusals")
@@ -114,6 +116,17 @@ def join(prefix: str, original: str, answer: str) -> str | None:
     if not text or (_REFUSAL.match(text) and not _REFUSAL.match(original.strip())):
         return None
     return original[: len(original) - len(original.lstrip())] + text
+
+
+def echoes(template: str, answer: str, material: str) -> bool:
+    """True if ``answer`` has some words in a row from the template and not from what was to be rewritten."""
+    runs = _runs(template) - _runs(material)
+    return not runs.isdisjoint(_runs(answer))
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + _INSTRUCTION]) for i in range(len(words) - _INSTRUCTION + 1)}
 
 
 def _without_echo(prefix: str, text: str) -> str:

@@ -36,10 +36,10 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder (or hub name) of the post-trained model; also the name under which it is served")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--host", default="127.0.0.1", help="another address than this machine's own needs a key")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: eager mode, all cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu: eager mode, all cores (default: cuda where there is an NVIDIA driver)")
     arguments, more = parser.parse_known_args()
     try:
-        command, environment = command_line(arguments.model, arguments.host, arguments.port, arguments.device, os.environ.get(KEY_VARIABLE))
+        command, environment = command_line(arguments.model, arguments.host, arguments.port, arguments.device or found_device(), os.environ.get(KEY_VARIABLE))
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -58,6 +58,10 @@ def command_line(model: str, host: str, port: int, device: str, key: str | None)
         raise ServerError(f"model folder {model} does not exist; give --model the folder of a Hugging Face model")
     check_port(host, port, "teacher")
     return vllm_command(model, host, port, device), vllm_environment(model, device, key or None)
+
+
+def found_device() -> str:
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def is_loopback(host: str) -> bool:

@@ -38,13 +38,13 @@ class JsonLines:
         if path.exists():
             keep = [record for record in read_jsonl(path) if record["step"] <= last_step]
             aside = path.with_name(path.name + ".tmp")
-            with open(aside, "w", encoding="utf-8") as file:
+            with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
                 for record in keep:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -160,6 +160,15 @@ def test_an_evaluation_is_shown_beside_the_curves(make_run):
         assert shown in text, shown
 
 
+def test_greedy_and_sampled_evaluations_are_both_shown(make_run):
+    run = make_run()
+    for name, temperature, rate in (("evaluation", 0, 0.625), ("evaluation_sampled", 1.0, 0.375)):
+        tree = {"temperature": temperature, "prefixes": 8, "comparisons": [{"name": "likelihood", "win_rate": rate}]}
+        (run / f"{name}.json").write_text(json.dumps(tree))
+    text = Page(write_report(run)).text
+    assert text.index("Their greedy continuations of 8") < text.index("62.5%") < text.index("Their sampled (temperature 1) continuations") < text.index("37.5%")
+
+
 def test_command_line(make_run, tmp_path):
     run, other = make_run("one"), make_run("two", pools=None)
     done = subprocess.run([sys.executable, "tools/report.py", run, "--compare", other], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import re
 import sqlite3
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -120,6 +121,21 @@ def test_our_own_fence_lines_are_taken_off(tmp_path):
         return f"[second part {fence}]\nfor many miles.\n[end of second part {fence}]"
 
     assert rewrite(echo, tmp_path, [(PREFIX, " for forty miles.")])[0] == [" for many miles."]
+
+
+def test_talk_about_the_instruction_is_no_rewrite(tmp_path):
+    talk = "The second part must go on exactly where the first part stops, so I changed it."
+    found, _, meter = rewrite(talk, tmp_path, [(PREFIX, " for forty miles.")])
+    assert found == [None] and meter.more["refusals"] == 1
+    # Unless the material itself speaks so.
+    assert rewrite(talk, tmp_path, [(PREFIX, " and so. " + talk)])[0] == [" " + talk]
+
+
+def test_the_template_for_small_teachers_needs_no_prefix(tmp_path):
+    template = Path(__file__).parents[2] / "configs/prompts/rewrite_small_teacher.txt"
+    found, seen, _ = rewrite("for many miles.", tmp_path, [(PREFIX, " for forty miles.")], template=template)
+    prompt = seen[0]["messages"][0]["content"]
+    assert found == [" for many miles."] and "\nfor forty miles.\n[end of text" in prompt and PREFIX not in prompt
 
 
 def test_what_the_corpus_asks_for_stays_inside_its_fence(tmp_path):
