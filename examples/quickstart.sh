@@ -144,7 +144,7 @@ evaluate() {
 # compare TEMPERATURE NAME: a judge that trained the policy (the teacher) and one that did not (sentence embeddings); the program names them so.
 compare() {
     must "$python" tools/evaluate.py "$sip/hf" --against "$ntp/hf" --config configs/tiny_cpu.yaml "${settings[@]}" \
-        "teacher.model=$(quoted "$work/teacher")" --temperature "$1" --output "$sip/$2.json" >"$sip/evaluation.tmp"
+        "teacher.model=$(quoted "$work/teacher")" --pairs 100 --temperature "$1" --output "$sip/$2.json" >"$sip/evaluation.tmp"
     mv "$sip/evaluation.tmp" "$sip/$2.txt"
     cat "$sip/$2.txt"
 }

@@ -142,6 +142,8 @@ class MetricsWriter:
         self._lines.write({"step": step, "time": time.time(), **metrics})
         self._lines.flush()
         self._to_wandb(metrics, step)
+        if step == self._config.pool.rollouts_start_step + 1:
+            self._step_times = []  # steps with pools take longer
         self._step_times = [*self._step_times[-19:], metrics["time/step"]]
         if step % self._config.log.interval == 0 or step == self._config.train.train_iters:
             say(self._line(step, metrics))
@@ -169,7 +171,8 @@ class MetricsWriter:
             ("rollout", "time/rollout"), ("judge", "time/wait_judge"), ("train", "time/train"), ("sync", "time/sync")) if m.get(key, 0) >= 0.05]
         parts.append(f"{m['time/step']:.1f} s ({', '.join(waits)})" if len(waits) > 1 else f"{m['time/step']:.1f} s")
         parts.append(f"{m['tokens_per_second']:.0f} tokens/s")
-        parts.append(f"ETA {_clock(seconds * (total - step))}")
+        pools = self._config.pool.rollouts_start_step
+        parts.append(f"ETA {_clock(seconds * (pools - step))} to the first pools" if step < pools < total else f"ETA {_clock(seconds * (total - step))}")
         return " | ".join(parts)
 
     def close(self) -> None:
