@@ -39,8 +39,9 @@ class DataSection(Section):
     tokenizer_model: Path = Field(Path("tokenizer.model"), description="The sentencepiece model that tokenized the datasets (checked by fingerprint).")
     prefix_length: int = Field(128, ge=1, le=1920, description="Tokens of context of each pair.")
     suffix_length: int = Field(128, ge=1, description="Tokens to be written after the prefix (N in the paper).")
-    cut: Literal["consecutive", "random"] = Field("consecutive", description="consecutive: as many whole pairs as fit into a document; random: one pair a document at a seeded position.")
+    cut: Literal["consecutive", "random", "sentence"] = Field("consecutive", description="consecutive: as many whole pairs as fit into a document; random: one pair a document at a seeded position; sentence: prefixes end with a sentence (needs datasets made with --split-sentences).")
     split: str = Field("98,2", description="Shares of documents for training and validation.")
+    data_cache_path: Path | None = Field(None, description="Folder for indices that are built once (default: pair tables of large datasets beside them, the blend in memory).")
 
 
 class ModelSection(Section):

@@ -1,59 +1,88 @@
-"""Files of documents -> raw lines -> documents.
+"""Files of documents -> blocks of whole lines (or rows), in order, from any position.
 
-In: JSONL, plain, .gz or .zst, by path or glob. Out: numbered lines, and :class:`Document` (text, subset) of a line.
-Files are read as a stream; nothing is unpacked onto the disk.
+In: JSONL (plain, gzip, zstandard), Parquet, standard input; by path, glob or folder. Out: :class:`Block`.
+Files are read as a stream, once; nothing is unpacked onto the disk, and no line is looked into.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
-import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import zstandard
 
-from megatron_sip.data import DataError, without_surrogates
+from megatron_sip.data import DataError
 
-_BLOCK = 1 << 20
+STDIN = "-"
+ENDINGS = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst", ".zstd")) + (".parquet",)
+_BLOCK = 1 << 20  # bytes of text in a block; a line is never cut
+_ROWS = 256  # Parquet rows in a block, at most
+_READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a file, not yet parsed; ``number`` counts from 1."""
+class Position:
+    """How far the input was read: bytes of ``file`` when unpacked (rows of a Parquet file), and its lines up to there."""
 
-    file: str
-    number: int
+    file: int = 0
+    offset: int = 0
+    lines: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a file, or what ends it.
+
+    Attributes:
+        file: index of the file.
+        data: lines; an Arrow stream for rows; empty at the end of the file.
+        rows: ``data`` is an Arrow stream.
+        size: bytes of lines, or number of rows.
+        read: bytes of the file, as it lies on the disk, that have been read so far.
+        digest: at the end of the file, its sha256.
+        broken: the file cannot be read on after this block, for this reason.
+    """
+
+    file: int
     data: bytes
+    size: int
+    read: int
+    rows: bool = False
+    digest: str | None = None
+    broken: str | None = None
 
-    def error(self, problem: str) -> DataError:
-        return DataError(f"{self.file}, line {self.number}: {problem}")
-
-
-@dataclass(frozen=True)
-class Document:
-    """Texts of a document, one for each JSON key, and its RedPajama subset ('' if it has none)."""
-
-    texts: tuple[str, ...]
-    subset: str
+    @property
+    def last(self) -> bool:
+        return self.digest is not None or self.broken is not None
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files of paths and globs, in the order given, each glob sorted.
+    """Files of paths, globs and folders in the order given; the files of a glob or folder by name. ``-`` is standard input.
+
+    Of folders, all files below them whose names end like a corpus file are taken.
 
     Raises:
-        DataError: a path does not exist or is a folder, a glob matches no file, or a file is named twice.
+        DataError: a path does not exist, a glob or folder holds no file, a file is named twice.
     """
     files: list[Path] = []
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            raise DataError(f"--input {pattern} is a folder; name its files, e.g. '{os.path.join(pattern, '*.jsonl')}'")
-        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
+        if pattern == STDIN:
+            found = [pattern]
+        elif os.path.isdir(pattern):
+            found = sorted(str(path) for path in Path(pattern).rglob("*") if path.name.endswith(ENDINGS) and path.is_file())
+            if not found:
+                raise DataError(f"--input {pattern}: no file in this folder ends with {', '.join(ENDINGS)}")
+        else:
+            found = [pattern] if os.path.exists(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
         if not found:
             raise DataError(f"--input {pattern}: no such file")
         files += map(Path, found)
@@ -65,71 +94,131 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_lines(files: Sequence[Path], progress: Callable[[int], None] = lambda position: None) -> Iterator[Line]:
-    """Lines that are not blank.
+def describe_files(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Name, size and time of each file, by which a run knows its input again. Standard input has no size."""
+    found = []
+    for file in files:
+        entry: dict[str, Any] = {"file": str(file), "name": file.name, "bytes": None, "modified_ns": None}
+        if str(file) != STDIN:
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error.strerror}") from None
+            entry |= {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        found.append(entry)
+    return found
+
+
+def read_blocks(files: Sequence[Path], columns: Sequence[str] = (), start: Position = Position()) -> Iterator[Block]:
+    """Blocks from ``start`` on. A file's last block is marked; one that cannot be read on ends with ``broken``.
 
     Args:
-        progress: told how many bytes of all files, as they lie on the disk, have been read.
-
-    Raises:
-        DataError: a file cannot be read or its compression ends too early (names file and line).
+        columns: of Parquet files, those to read where they are there.
     """
-    before = 0
-    for file in files:
-        number = 0
-        try:
-            with open(file, "rb") as raw, _unpacked(raw, file) as unpacked:
-                for number, data in enumerate(unpacked, 1):
-                    progress(before + raw.tell())
-                    if data.strip():
-                        yield Line(str(file), number, data)
-                before += raw.tell()
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{file}, after line {number}: cannot be read on ({error}); the file is truncated or damaged, "
-                            "fetch it again") from None
+    for index in range(start.file, len(files)):
+        file, offset = files[index], start.offset if index == start.file else 0
+        read = _read_rows(index, file, offset, columns) if file.name.endswith(".parquet") else _read_lines(index, file, offset)
+        yield from read
 
 
-def parse(line: Line, keys: Sequence[str]) -> Document:
-    """The document of a line.
-
-    Raises:
-        DataError: no JSON object, a key missing or no text, invalid UTF-8 (names file and line).
-    """
+def _read_lines(index: int, file: Path, offset: int) -> Iterator[Block]:
+    raw = None
     try:
-        record = json.loads(line.data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise line.error(f"not UTF-8 (byte {error.start}); convert the file") from None
-    except (ValueError, RecursionError) as error:
-        raise line.error(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise line.error(f"a JSON object is expected, found {type(record).__name__}")
-    texts = []
-    for key in keys:
-        if key not in record:
-            raise line.error(f"key {key!r} is missing; it has {', '.join(map(repr, record)) or 'none'} (--json-keys)")
-        if not isinstance(record[key], str):
-            raise line.error(f"key {key!r} is {type(record[key]).__name__}, not text")
-        texts.append(without_surrogates(record[key]))
-    return Document(tuple(texts), _subset(record))
+        raw = _Hashed(sys.stdin.buffer if str(file) == STDIN else open(file, "rb", buffering=0))
+        unpacked = _unpacked(raw)
+        _skip(unpacked, offset)
+        pending: list[bytes] = []
+        size = 0
+        while data := unpacked.read(_BLOCK):
+            cut = data.rfind(b"\n") + 1
+            if not cut:
+                pending.append(data)
+                size += len(data)
+                continue
+            yield Block(index, b"".join([*pending, data[:cut]]), size + cut, raw.count)
+            pending, size = ([data[cut:]], len(data) - cut) if cut < len(data) else ([], 0)
+        if pending:
+            yield Block(index, b"".join(pending), size, raw.count)
+        yield Block(index, b"", 0, raw.count, digest=raw.digest())
+    except _READ_ERRORS as error:
+        yield Block(index, b"", 0, raw.count if raw else 0, broken=str(error) or type(error).__name__)
+    finally:
+        if raw is not None:
+            raw.close()
 
 
-def _subset(record: dict) -> str:
-    meta = record.get("meta")
-    if isinstance(meta, str):  # some copies of RedPajama hold it as text
-        try:
-            meta = json.loads(meta)
-        except ValueError:
-            return ""
-    name = meta.get("redpajama_set_name", "") if isinstance(meta, dict) else ""
-    return name if isinstance(name, str) else ""
+def _read_rows(index: int, file: Path, offset: int, columns: Sequence[str]) -> Iterator[Block]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{file}: Parquet needs the package pyarrow; install megatron_sip[data]") from None
+    try:
+        size = os.path.getsize(file)
+        with pyarrow.parquet.ParquetFile(file) as table:
+            present = [name for name in columns if name in table.schema_arrow.names]
+            before = 0
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if before + rows > offset:
+                    place = before
+                    for batch in table.iter_batches(_ROWS, row_groups=[group], columns=present, use_threads=False):
+                        wanted = batch.slice(max(0, offset - place))
+                        place += batch.num_rows
+                        if wanted.num_rows:
+                            sink = pyarrow.BufferOutputStream()
+                            with pyarrow.ipc.new_stream(sink, wanted.schema) as writer:
+                                writer.write_batch(wanted)
+                            done = size * place // max(1, table.metadata.num_rows)
+                            yield Block(index, sink.getvalue().to_pybytes(), wanted.num_rows, done, rows=True)
+                before += rows
+        with open(file, "rb") as raw:
+            yield Block(index, b"", 0, size, digest=hashlib.file_digest(raw, "sha256").hexdigest())
+    except (OSError, pyarrow.ArrowException) as error:
+        yield Block(index, b"", 0, 0, broken=str(error).splitlines()[0])
 
 
-def _unpacked(raw: io.BufferedReader, file: Path) -> io.BufferedIOBase:
-    if file.suffix == ".gz":
-        return gzip.open(raw)
-    if file.suffix in (".zst", ".zstd"):
-        return io.BufferedReader(_Zstd(raw), _BLOCK)
-    return raw
+class _Hashed(io.RawIOBase):
+    """Bytes of a file as they lie on the disk, counted and hashed while they are read."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._hash, self.count = raw, hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._raw.readinto(buffer)
+        self._hash.update(memoryview(buffer)[:count])
+        self.count += count
+        return count
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        if self._raw is not sys.stdin.buffer:
+            self._raw.close()
+        super().close()
+
+
+def _unpacked(raw: _Hashed) -> io.BufferedIOBase:
+    """By the first bytes of the file, not by its name."""
+    buffered = io.BufferedReader(raw, _BLOCK)
+    begin = buffered.peek(4)[:4]
+    if begin[:2] == b"\x1f\x8b":
+        return gzip.open(buffered)
+    if begin == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(_Zstd(buffered), _BLOCK)
+    return buffered
+
+
+def _skip(unpacked: io.BufferedIOBase, count: int) -> None:
+    while count:
+        data = unpacked.read(min(count, _BLOCK))
+        if not data:
+            raise EOFError("it is shorter than what was read of it before")
+        count -= len(data)
 
 
 class _Zstd(io.RawIOBase):
@@ -138,7 +227,7 @@ class _Zstd(io.RawIOBase):
     The library's own reader ends quietly where a file ends inside a frame; here that is an EOFError.
     """
 
-    def __init__(self, raw: io.BufferedReader) -> None:
+    def __init__(self, raw: io.BufferedIOBase) -> None:
         self._raw, self._frame, self._ready, self._begun = raw, None, b"", False
 
     def readable(self) -> bool:

@@ -4,8 +4,8 @@ In: ``.bin/.idx`` datasets with weights. Out: :class:`Pairs`; ``pairs[i]`` is a 
 so the trainer's cursor is one integer and a resume needs nothing else.
 
 A dataset's documents are split into training and validation; each pair of a split comes once an epoch, in an order
-shuffled anew for each epoch. Megatron's builder blends datasets by weight. No object is kept for a pair: a pair is
-found in the documents' lengths.
+shuffled anew for each epoch. Megatron's builder blends datasets by weight. Nothing is kept for a pair: the order is computed, and a
+pair is found in a running sum over the documents, which lies in a file once there are many.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,11 @@ from megatron.core.datasets.utils import Split
 
 from megatron_sip.config import DataSection
 from megatron_sip.data import DataError
-from megatron_sip.data.dataset_files import check_dataset
+from megatron_sip.data.dataset_files import check_dataset, document_sizes
+from megatron_sip.data.order import Permutation, pair_ends, sentence_offsets
 from megatron_sip.pool import PairId
+
+_PIECE = 1 << 20  # documents looked at at once
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class PairConfig(BlendedMegatronDatasetConfig):
     suffix_length: int = 128
     cut: str = "consecutive"
 
+    @property
+    def cache(self) -> Path | None:
+        return Path(self.path_to_cache) if self.path_to_cache else None
+
 
 class PairDataset(MegatronDataset):
     """Pairs of one split of one dataset. ``dataset[i]`` -> tokens [prefix + suffix] int64, document, offset, source."""
@@ -61,31 +69,39 @@ class PairDataset(MegatronDataset):
     def __init__(self, dataset: IndexedDataset, dataset_path: str, indices: np.ndarray, num_samples: int | None,
                  index_split: Split, config: PairConfig) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        length = config.sequence_length
-        lengths = np.diff(_token_starts(dataset))[indices]
-        per_document = lengths // length if config.cut == "consecutive" else (lengths >= length).astype(np.int64)
-        self._lengths = lengths
-        self._pair_ends = np.cumsum(per_document)
-        self._shuffled: tuple[int, np.ndarray] = (-1, per_document[:0])  # an epoch and its order
-        self.pairs_per_epoch = int(per_document.sum())
+        # A split is a range of documents; Megatron's list of them is given back.
+        self.indices = range(int(indices[0]), int(indices[-1]) + 1) if len(indices) else range(0)
+        self._ends = pair_ends(dataset, dataset_path, config.cut, config.prefix_length, config.suffix_length, config.cache)
+        self._before = int(self._ends[self.indices.start - 1]) if self.indices.start else 0
+        self.pairs_per_epoch = int(self._ends[self.indices.stop - 1]) - self._before if len(self.indices) else 0
+        self._order: tuple[int, Permutation] | None = None  # an epoch and its order
 
     def check(self) -> None:
         """Raise DataError if pairs are asked for and there are none. Not done while building: Megatron's builder lets
         rank 0 build alone while the others wait for it, so that an error there would leave them waiting."""
+        config = self.config
+        if config.cut == "sentence" and len(self.dataset.sequence_lengths) == len(self.dataset.document_indices) - 1 > 1:
+            raise DataError(f"{self.dataset_path}: data.cut=sentence needs a dataset with a sequence for each sentence, this one has one for each document; "
+                            "make it with tools/preprocess_data.py --split-sentences")
         if self.pairs_per_epoch or not self.num_samples:
             return
-        config, longest = self.config, int(self._lengths.max()) if len(self._lengths) else 0
+        longest = max((int(self._sizes(i).max()) for i in range(0, len(self.indices), _PIECE)), default=0)
         raise DataError(
             f"{self.dataset_path}: no pair of {config.prefix_length} + {config.suffix_length} = {config.sequence_length} tokens "
-            f"in the {self.index_split.name} split ({len(self._lengths)} of {self.numel_low_level_dataset(self.dataset)} "
+            f"in the {self.index_split.name} split ({len(self.indices)} of {self.numel_low_level_dataset(self.dataset)} "
             f"documents, the longest has {longest} tokens); give more or longer documents, change data.split, or shorten "
             "data.prefix_length")
 
     def describe(self) -> str:
         """One line for people: pairs an epoch, documents, and how many of those are too short for a pair."""
-        short = int(np.count_nonzero(self._lengths < self.config.sequence_length))
-        return (f"{self.dataset_path}: {self.pairs_per_epoch} {self.index_split.name} pairs an epoch of {len(self._lengths)} "
+        sizes = (self._sizes(i) for i in range(0, len(self.indices), _PIECE))
+        short = sum(int(np.count_nonzero(piece < self.config.sequence_length)) for piece in sizes)
+        return (f"{self.dataset_path}: {self.pairs_per_epoch} {self.index_split.name} pairs an epoch of {len(self.indices)} "
                 f"documents, {short} of them too short")
+
+    def _sizes(self, begin: int) -> np.ndarray:
+        """Tokens of the split's documents from ``begin`` on, a piece."""
+        return document_sizes(self.dataset, self.indices.start + begin, min(self.indices.stop, self.indices.start + begin + _PIECE))
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -104,13 +120,17 @@ class PairDataset(MegatronDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, place = divmod(int(index), self.pairs_per_epoch)
-        number = int(self._order(epoch)[place])
-        row = int(np.searchsorted(self._pair_ends, number, side="right"))
-        document, length = int(self.indices[row]), self.config.sequence_length
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, Permutation(self.pairs_per_epoch, *self._key, self.index_split.value, epoch)
+        number = self._before + self._order[1][place]
+        document, length = int(np.searchsorted(self._ends, number, side="right")), self.config.sequence_length
+        nth = number - (int(self._ends[document - 1]) if document else 0)
         if self.config.cut == "consecutive":
-            offset = (number - (int(self._pair_ends[row - 1]) if row else 0)) * length
+            offset = nth * length
+        elif self.config.cut == "sentence":
+            offset = sentence_offsets(self.dataset, document, self.config.prefix_length, self.config.suffix_length)[nth]
         else:
-            slack = int(self._lengths[row]) - length
+            slack = int(document_sizes(self.dataset, document, document + 1)[0]) - length
             offset = int(np.random.default_rng((*self._key, document)).integers(slack + 1))
         # Sequences of a document lie one after the other, so a document of many sentences reads as one.
         tokens = self.dataset.get(int(self.dataset.document_indices[document]), offset, length)
@@ -119,14 +139,6 @@ class PairDataset(MegatronDataset):
     @property
     def _key(self) -> tuple[int, int]:
         return self.config.random_seed, zlib.crc32(os.path.basename(self.dataset_path).encode())
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Numbers of the split's pairs, shuffled for an epoch: int64 [pairs_per_epoch]; the last one is kept."""
-        kept, order = self._shuffled
-        if kept != epoch:
-            order = np.random.default_rng((*self._key, self.index_split.value, epoch)).permutation(self.pairs_per_epoch)
-            self._shuffled = epoch, order
-        return order
 
 
 class Pairs:
@@ -179,7 +191,8 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
     config = PairConfig(
         random_seed=seed, sequence_length=data.prefix_length + data.suffix_length, prefix_length=data.prefix_length,
         suffix_length=data.suffix_length, cut=data.cut, split=data.split,
-        blend=(prefixes, weights if len(prefixes) > 1 else None))
+        blend=(prefixes, weights if len(prefixes) > 1 else None),
+        path_to_cache=str(data.data_cache_path) if data.data_cache_path else None)
     if config.split_matrix[0] is None:
         raise DataError(f"data.split={data.split} leaves no documents for training; set e.g. data.split=98,2")
     if valid_pairs and config.split_matrix[1] is None:
@@ -194,10 +207,3 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
         for dataset in pairs.datasets:
             dataset.check()
     return splits
-
-
-def _token_starts(dataset: IndexedDataset) -> np.ndarray:
-    """First token of each document, and the end of the last: int64 [documents + 1]."""
-    sequence_starts = np.zeros(len(dataset.sequence_lengths) + 1, np.int64)
-    np.cumsum(dataset.sequence_lengths, out=sequence_starts[1:])
-    return sequence_starts[dataset.document_indices]

@@ -55,7 +55,8 @@ class Tokenizer:
         self._strips_space = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix = False
         proto.normalizer_spec.remove_extra_whitespaces = False  # a space at the cut belongs to the text
-        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._models = model, proto.SerializeToString()
+        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=self._models[1])
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._document.vocab_size()
         self.bos_id, self.eos_id = self._document.bos_id(), self._document.eos_id()
@@ -72,6 +73,15 @@ class Tokenizer:
     def encode_part(self, text: str) -> list[int]:
         """Ids of text that goes on inside a document: no space is put before it."""
         return self._continuation.encode(without_surrogates(text))
+
+    def models(self) -> tuple[bytes, bytes]:
+        """The model files by which :meth:`encode` and :meth:`encode_part` encode."""
+        return self._models
+
+    def special_pieces(self) -> list[str]:
+        """Pieces that are no pieces of text: control tokens, the unknown token, and those that a user defined."""
+        pieces = sentencepiece_model_pb2.ModelProto.FromString(self._models[0]).pieces
+        return [piece.piece for piece in pieces if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.USER_DEFINED)]
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of the ids; control tokens have none."""

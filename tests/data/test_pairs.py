@@ -117,12 +117,6 @@ def test_an_epoch_of_a_blended_dataset_is_whole(datasets, tokenizer):
     assert len(first) == b.pairs_per_epoch and first == second
 
 
-def test_a_dataset_keeps_its_order_while_others_are_read(datasets, tokenizer):
-    train, valid = pairs_of(datasets, tokenizer, "a", "b")
-    kept = [dataset._order(0) for dataset in (*train.datasets, *valid.datasets)]
-    assert all(dataset._order(0) is order for dataset, order in zip((*train.datasets, *valid.datasets), kept))
-
-
 def test_only_pairs_that_were_asked_for_exist(datasets, tokenizer):
     train, valid = pairs_of(datasets, tokenizer, "a", "b", train=5, valid=0)
     assert len(train) == 5 and len(list(train)) == 5 and len(valid) == 0

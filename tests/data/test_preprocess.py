@@ -17,8 +17,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_sip.config import load_config
 from megatron_sip.data import DataError
-from megatron_sip.data.corpus import read_lines
+from megatron_sip.data.engine import ENGINES, Encoder
 from megatron_sip.data.preprocess import Settings, preprocess
 from megatron_sip.data.tokenizer import Tokenizer
 from tests.conftest import standard_library
@@ -71,6 +72,26 @@ def test_subsets_become_datasets_of_their_own(tmp_path, tokenizer_model):
     prefixes = run(tmp_path, tokenizer_model, file, split_by_subset=True)
     assert names(prefixes) == ["d_RedPajamaWikipedia_text_document", "d_RedPajamaC4_text_document", "d_none_text_document"]
     assert all(len(read(p)) == 1 for p in prefixes)
+    tokens = [len(read(p)[0]) for p in prefixes]
+    weights = [(pytest.approx(n / sum(tokens), abs=1e-6), Path(p)) for n, p in zip(tokens, prefixes)]
+    base = tmp_path / "config.yaml"
+    base.write_text(f"base: {tmp_path}/out/d_blend.yaml\n")
+    config = load_config(base, ["pool.rewrite=false", "pool.rollouts=0", "objective.dpo_weight=0"])
+    assert config.data.blend == weights and config.data.tokenizer_model == tokenizer_model
+    for_megatron = (tmp_path / "out" / "d_blend.txt").read_text().split()
+    assert for_megatron[1::2] == prefixes and [float(n) for n in for_megatron[::2]] == [weight for weight, _ in weights]
+
+
+def test_weights_of_subsets_can_be_given_also_later(tmp_path, tokenizer_model):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": t[:3000], "source": name} for t, name in zip(TEXTS, "aabc")])
+    for weights, expected in (((("a", 3.0), ("b", 1.0), ("c", 0.0)), [0.75, 0.25]), ((("a", 1.0), ("b", 1.0), ("c", 2.0)), [0.25, 0.25, 0.5])):
+        run(tmp_path, tokenizer_model, file, split_by_subset=True, subset_key="source", subset_weights=weights)
+        found = (tmp_path / "out" / "d_blend.txt").read_text().split()
+        assert [float(n) for n in found[::2]] == expected
+    said = []
+    preprocess(Settings((str(file),), str(tmp_path / "out" / "d"), str(tokenizer_model), append_eod=True, split_by_subset=True, subset_key="source",
+                        subset_weights=(("x", 1.0),)), said.append)
+    assert said[-1].startswith("warning: --subset-weights: there is no dataset of subset x")
 
 
 def test_sentences_put_together_are_the_document(tmp_path, tokenizer_model):
@@ -139,14 +160,11 @@ def test_subsets_whose_names_become_the_same_are_one_dataset(tmp_path, tokenizer
 def test_progress_counts_every_byte_once(tmp_path, tokenizer_model):
     texts = [t[:2000] for t in TEXTS]
     files = [write_lines(tmp_path / f"{i}.jsonl.gz", [{"text": t} for t in texts[: 10 * i]]) for i in (1, 3, 2)]
-    seen = []
-    list(read_lines(files, seen.append))
-    assert seen == sorted(seen) and seen[-1] == sum(file.stat().st_size for file in files)
     said = []
     preprocess(Settings(tuple(map(str, files)), str(tmp_path / "d"), str(tokenizer_model), log_interval=25), say=said.append)
     text = sum(len(t.encode()) for i in (1, 3, 2) for t in texts[: 10 * i])
-    assert re.fullmatch(r"60 documents \| \d+ documents/s \| [\d.]+ MB/s of text \| ETA 0 s", said[0])
-    assert said[-1].startswith("done: 60 documents, ") and f"{text / 1e6:.1f} MB of text" in said[-1] and len(said) == 2
+    assert re.fullmatch(r"40 documents \| \d+ documents/s \| [\d.]+ MB/s of text \| [\d.]+ M tokens/s \| ETA 0\.0 s", said[0])
+    assert said[-1].startswith("done: 60 documents; ") and f"{text / 1e6:.1f} MB of text" in said[-1] and len(said) == 2
 
 
 BAD = {
@@ -165,7 +183,7 @@ def test_a_bad_line_is_named_and_nothing_finished_is_left(tmp_path, tokenizer_mo
     file = write_lines(tmp_path / "a.jsonl", [{"text": "good"}, record] + [{"text": "good"}] * 2000)
     with pytest.raises(DataError, match=message):
         run(tmp_path, tokenizer_model, file, workers=workers)
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not list((tmp_path / "out").glob("d_*"))
 
 
 def test_invalid_utf8_is_named(tmp_path, tokenizer_model):
@@ -178,7 +196,7 @@ def test_invalid_utf8_is_named(tmp_path, tokenizer_model):
 def test_a_truncated_file_is_an_error_not_an_end(tmp_path, tokenizer_model, ending):
     file = write_lines(tmp_path / f"a.jsonl{ending}", [{"text": t} for t in TEXTS])
     file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"a.jsonl\.\w+, after line \d+: cannot be read on .* truncated or damaged"):
+    with pytest.raises(DataError, match=r"a.jsonl\.\w+, line \d+: cannot be read on after line \d+ .* truncated or damaged"):
         run(tmp_path, tokenizer_model, file)
 
 
@@ -196,8 +214,9 @@ def test_no_file_and_no_document_are_said(tmp_path, tokenizer_model):
         (tmp_path / "empty.jsonl").write_text(nothing)
         with pytest.raises(DataError, match="no text in .*empty.jsonl: every document is empty, or there is none"):
             run(tmp_path, tokenizer_model, tmp_path / "empty.jsonl")
-    with pytest.raises(DataError, match="--input .* is a folder; name its files, e.g. '.*/\\*.jsonl'"):
-        run(tmp_path, tokenizer_model, tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="--input .*folder: no file in this folder ends with .jsonl, "):
+        run(tmp_path, tokenizer_model, tmp_path / "folder")
     with pytest.raises(DataError, match="empty.jsonl is named twice"):
         run(tmp_path, tokenizer_model, tmp_path / "empty.jsonl", tmp_path / "em*.jsonl")
     with pytest.raises(DataError, match="--json-keys text text: name each key once"):
@@ -244,3 +263,175 @@ def test_control_tokens_nul_and_surrogates_in_text(tmp_path, tokenizer_model):
     ids = read(prefix)[0]
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
     assert tokenizer.split_text(ids, [], True)[0] == "a</s><s>\x00b\ufffdc"
+
+
+# -- more inputs ------------------------------------------------------------------------------------------------------
+
+
+def parquet(path: Path, rows: list[dict], row_group_size: int = 7) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return path
+
+
+def test_parquet_gives_the_same_datasets_as_jsonl(tmp_path, tokenizer_model):
+    rows = [{"text": t[:2000], "meta": {"redpajama_set_name": "AB"[i % 2]}, "other": i} for i, t in enumerate(TEXTS)]
+    bytes_of = []
+    for file in (write_lines(tmp_path / "a.jsonl", rows), parquet(tmp_path / "a.parquet", rows)):
+        prefixes = run(tmp_path / file.suffix[1:], tokenizer_model, file, split_by_subset=True)
+        bytes_of.append([Path(p + ".bin").read_bytes() for p in prefixes])
+    assert bytes_of[0] == bytes_of[1] and len(bytes_of[0]) == 2
+
+
+def test_bad_rows_and_damaged_parquet_are_named(tmp_path, tokenizer_model):
+    file = parquet(tmp_path / "a.parquet", [{"text": "x"}, {"text": None}])
+    with pytest.raises(DataError, match="a.parquet, line 2: key 'text' is NoneType, not text"):
+        run(tmp_path, tokenizer_model, file)
+    with pytest.raises(DataError, match=r"a.parquet, line 1: key 'body' is missing; it has 'text' \(--json-keys\)"):
+        run(tmp_path, tokenizer_model, file, json_keys=("text", "body"))
+    (tmp_path / "b.parquet").write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(DataError, match="b.parquet, line 0: cannot be read on after line 0 .* truncated or damaged"):
+        run(tmp_path, tokenizer_model, tmp_path / "b.parquet")
+
+
+def test_folders_and_packed_files_of_any_name_are_read(tmp_path, tokenizer_model):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    write_lines(tmp_path / "in" / "b.jsonl.zst", [{"text": "two"}])
+    write_lines(tmp_path / "in" / "deep" / "c.jsonl.gz", [{"text": "three"}]).rename(tmp_path / "in" / "deep" / "c.json")  # packed all the same
+    write_lines(tmp_path / "in" / "a.json", [{"text": "one"}])
+    (tmp_path / "in" / "README.md").write_text("not a corpus")
+    [prefix] = run(tmp_path, tokenizer_model, tmp_path / "in")
+    tokenizer = Tokenizer(tokenizer_model)
+    assert read(prefix) == [tokenizer.encode(t) + [tokenizer.eod_id] for t in ("one", "two", "three")]
+    entries = json.loads(Path(prefix + ".json").read_text())["input"]
+    for entry in entries:
+        assert entry["sha256"] == hashlib.sha256(Path(entry["file"]).read_bytes()).hexdigest()
+    assert [entry["name"] for entry in entries] == ["a.json", "b.jsonl.zst", "c.json"]
+
+
+def test_lines_longer_than_a_block_are_whole(tmp_path, tokenizer_model):
+    texts = ["long " * 700_000, "short", "middle " * 200_000, "", "end"]
+    file = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in texts])
+    file.write_bytes(file.read_bytes()[:-1])  # no line feed at the end
+    [prefix] = run(tmp_path, tokenizer_model, file, append_eod=False, workers=2)
+    tokenizer = Tokenizer(tokenizer_model)
+    assert read(prefix) == [tokenizer.encode(t) for t in texts]
+
+
+# -- what cannot be read ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_skipped_is_listed(tmp_path, tokenizer_model):
+    files = [write_lines(tmp_path / "a.jsonl", [{"text": "one"}, "{", {"body": "x"}, {"text": "two"}]),
+             write_lines(tmp_path / "b.jsonl.zst", [{"text": t} for t in TEXTS]), write_lines(tmp_path / "c.jsonl", [{"text": "three"}, {"text": 3}])]
+    files[1].write_bytes(files[1].read_bytes()[:-300])
+    said = []
+    [prefix] = preprocess(Settings(tuple(map(str, files)), str(tmp_path / "d"), str(tokenizer_model), on_error="skip"), said.append)
+    manifest = json.loads(Path(prefix + ".json").read_text())
+    where = [(Path(entry["file"]).name, entry["line"]) for entry in manifest["skipped"]]
+    assert where[:2] == [("a.jsonl", 2), ("a.jsonl", 3)] and where[2][0] == "b.jsonl.zst" and where[3] == ("c.jsonl", 2) and len(where) == 4
+    assert "truncated or damaged" in manifest["skipped"][2]["reason"] and manifest["counts"]["documents"] == 3 + where[2][1]
+    assert "4 lines or files skipped" in said[-1] and any(line.startswith("skipped: ") and "a.jsonl, line 2: not JSON" in line for line in said)
+
+
+def test_a_run_that_skips_too_much_stops(tmp_path, tokenizer_model):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "one"}, *["{"] * 6])
+    with pytest.raises(DataError, match="more than 5 lines or files cannot be read, one of them: .*a.jsonl, line 2: not JSON .* raise --max-skipped"):
+        run(tmp_path, tokenizer_model, file, on_error="skip", max_skipped=5)
+    assert len(read(run(tmp_path, tokenizer_model, file, on_error="skip", max_skipped=6)[0])) == 1
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def manifest_of(prefix) -> dict:
+    return json.loads(Path(prefix + ".json").read_text())
+
+
+def test_short_documents_are_left_out(tmp_path, tokenizer_model):
+    tokenizer = Tokenizer(tokenizer_model)
+    texts = ["word " * n for n in (3, 50, 5, 60)]
+    [prefix] = run(tmp_path, tokenizer_model, write_lines(tmp_path / "a.jsonl", [{"text": t} for t in texts]), min_tokens=40)
+    assert read(prefix) == [tokenizer.encode(t) + [tokenizer.eod_id] for t in texts[1::2]]
+    assert manifest_of(prefix)["dropped"] == {"shorter than --min-tokens": 2} and manifest_of(prefix)["read"]["documents"] == 4
+    file = write_lines(tmp_path / "b.jsonl", [{"text": "short"}])
+    with pytest.raises(DataError, match=r"no text in .*b.jsonl: filters left nothing \(1 shorter than --min-tokens\)"):
+        run(tmp_path, tokenizer_model, file, min_tokens=40, output_prefix=str(tmp_path / "e"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_duplicates_are_left_out_wherever_they_are(tmp_path, tokenizer_model, workers):
+    texts = [TEXTS[i % 7][:3000] + str(i % 50) for i in range(1200)]
+    files = [write_lines(tmp_path / f"{i}.jsonl", [{"text": t} for t in texts[i * 400 : i * 400 + 400]]) for i in range(3)]
+    [prefix] = run(tmp_path, tokenizer_model, *files, drop_duplicates=True, workers=workers)
+    tokenizer, kept = Tokenizer(tokenizer_model), list(dict.fromkeys(texts))
+    assert read(prefix) == [tokenizer.encode(t) + [tokenizer.eod_id] for t in kept] and len(kept) == 350
+    assert manifest_of(prefix)["dropped"] == {"duplicate": 1200 - 350}
+
+
+def test_parts_are_disjoint_by_text_and_have_their_shares(tmp_path, tokenizer_model):
+    texts = [f"Document {i % 1500} says this." for i in range(2000)]
+    file = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in texts])
+    prefixes = run(tmp_path, tokenizer_model, file, split_by_hash=("policy=0.7", "judge=0.2", "held-out=0.1"))
+    documents = {Path(p).name: set(map(tuple, read(p))) for p in prefixes}
+    assert sorted(documents) == ["d_held-out_text_document", "d_judge_text_document", "d_policy_text_document"]
+    assert sum(map(len, documents.values())) == 1500 == len(set.union(*documents.values()))
+    shares = [len(documents[f"d_{name}_text_document"]) / 1500 for name in ("policy", "judge", "held-out")]
+    assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.05)
+    again = run(tmp_path / "again", tokenizer_model, write_lines(tmp_path / "b.jsonl", [{"text": t} for t in texts[700:900]]),
+                split_by_hash=("policy=0.7", "judge=0.2", "held-out=0.1"))
+    assert all(set(map(tuple, read(p))) <= documents[Path(p).name] for p in again)  # whatever else is in the corpus
+
+
+def test_unsafe_documents_are_found_by_their_quality_signals(tmp_path, tokenizer_model):
+    def signals(words, category):
+        return {"rps_doc_ldnoobw_words": [[0, 9, words]], "rps_doc_ut1_blacklist": [[0, 9, category]]}
+
+    records = [{"text": "clean", "quality_signals": signals(0, None)}, {"text": "rude", "quality_signals": json.dumps(signals(4, None))},
+               {"text": "listed", "meta": {"quality_signals": signals(0, 0)}}, {"text": "unknown"}, {"text": "mild", "rps_doc_ldnoobw_words": 1}]
+    file = write_lines(tmp_path / "a.jsonl", records)
+    [prefix] = run(tmp_path, tokenizer_model, file, require_signal=("rps_doc_ldnoobw_words>=3", "rps_doc_ut1_blacklist >= 0"))
+    tokenizer = Tokenizer(tokenizer_model)
+    assert read(prefix) == [tokenizer.encode(t) + [tokenizer.eod_id] for t in ("rude", "listed")]
+    assert manifest_of(prefix)["dropped"] == {"quality signals below --require-signal": 2, "no quality signal": 1}
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"require_signal": ("words>3",)}, "--require-signal words>3: write NAME>=NUMBER"), ({"split_by_hash": ("policy",)}, "--split-by-hash policy: write NAME=SHARE"),
+    ({"split_by_hash": ("a=0",)}, "with a share above 0"), ({"split_by_hash": ("a=1", "a=2")}, "name each part once")])
+def test_filters_that_cannot_be_read_are_refused(tmp_path, tokenizer_model, flags, message):
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, tokenizer_model, write_lines(tmp_path / "a.jsonl", [{"text": "one"}]), **flags)
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+class _Differs(Encoder):
+    """Gives a wrong id for texts with a certain word, which no test of hard texts holds."""
+
+    def encode(self, text):
+        ids = super().encode(text)
+        return ids[::-1] if self.name == "gigatoken" and "xylophone" in text else ids
+
+
+def test_an_engine_that_differs_in_the_corpus_loses_all_it_did(tmp_path, tokenizer_model, monkeypatch):
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr("megatron_sip.data.encode.Encoder", _Differs)
+    files = [write_lines(tmp_path / f"{i}.jsonl", [{"text": t[:2000]} for t in TEXTS[:5]] + [{"text": "A xylophone."}] * (i == 2)) for i in range(3)]
+    said = []
+    settings_ = Settings(tuple(map(str, files)), str(tmp_path / "d"), str(tokenizer_model), save_interval=0.0)
+    [prefix] = preprocess(settings_, said.append)
+    tokenizer = Tokenizer(tokenizer_model)
+    expected = [tokenizer.encode(t[:2000]) for t in TEXTS[:5]] * 3 + [tokenizer.encode("A xylophone.")]
+    assert read(prefix) == expected and manifest_of(prefix)["software"].keys() >= {"sentencepiece", "kitoken"}
+    assert any(re.fullmatch(r"warning: .*2.jsonl, line 6: gigatoken and sentencepiece give other ids; .* beginning anew with kitoken", line) for line in said)
+    with pytest.raises(DataError, match="2.jsonl, line 6: gigatoken and sentencepiece give other ids; use --tokenizer-engine sentencepiece"):
+        preprocess(Settings(tuple(map(str, files)), str(tmp_path / "e"), str(tokenizer_model), tokenizer_engine="gigatoken"), said.append)
+
+
+def test_every_engine_writes_the_same_bytes(tmp_path, tokenizer_model):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])
+    written = {Path(run(tmp_path / engine, tokenizer_model, file, tokenizer_engine=engine)[0] + ".bin").read_bytes() for engine in ENGINES}
+    assert len(written) == 1

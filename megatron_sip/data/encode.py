@@ -1,0 +1,264 @@
+"""Blocks -> tokens, in worker processes; results come back in the order of the blocks.
+
+In: blocks and :class:`Recipe`. Out: :class:`Encoded`, arrays ready to be appended to datasets. Nothing here depends on how many
+workers there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType
+
+from megatron_sip.data import DataError
+from megatron_sip.data.corpus import Block
+from megatron_sip.data.documents import Document, Parts, Signal, Skipped, digest_of, read_documents
+from megatron_sip.data.engine import Encoder
+from megatron_sip.data.tokenizer import Tokenizer
+
+_AHEAD = 3  # blocks under way for each worker: the reader goes on only while workers keep up, so memory does not grow
+_PROVE_FIRST = 1 << 16  # characters at the beginning of each file that are encoded by sentencepiece, too
+_PROVE_SHORT = 1 << 12  # characters of the document in each block that is
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of a block."""
+
+    tokenizer_model: str
+    engine: str
+    json_keys: tuple[str, ...]
+    subset_key: str
+    append_eod: bool
+    split_sentences: bool
+    min_tokens: int
+    signals: tuple[Signal, ...]
+    parts: Parts
+    drop_duplicates: bool
+    stop_on_error: bool
+
+
+@dataclass
+class Chunk:
+    """Documents of one dataset, in order.
+
+    Attributes:
+        tokens: uint16 or int32 [sum of lengths].
+        lengths: int32 [sequences], tokens of each.
+        sequences: int32 [documents], sequences of each: one, one for each sentence, or none if there is no text.
+        numbers: int32 [documents], the documents' places in ``Encoded.digests``.
+        text_bytes: int64 [documents].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sequences: np.ndarray
+    numbers: np.ndarray
+    text_bytes: np.ndarray
+
+    def without(self, dropped: np.ndarray) -> Chunk:
+        """The chunk without the documents whose ``numbers`` are marked in ``dropped``, bool [documents of the block]."""
+        keep = ~dropped[self.numbers]
+        if keep.all():
+            return self
+        sequences = np.repeat(keep, self.sequences)
+        return Chunk(self.tokens[np.repeat(sequences, self.lengths)], self.lengths[sequences], self.sequences[keep], self.numbers[keep],
+                     self.text_bytes[keep])
+
+
+@dataclass
+class Encoded:
+    """One block, encoded.
+
+    Attributes:
+        block: without its data.
+        lines: lines (or rows) of the block.
+        documents: that were read, kept or not.
+        text_bytes: of these, in UTF-8.
+        chunks: (subset, part, key) -> documents.
+        digests: uint64 [documents kept], where duplicates are to be dropped.
+        skipped: lines that are no documents.
+        dropped: reason -> documents that a filter left out.
+        disagreement: line on which the engine and sentencepiece differ.
+    """
+
+    block: Block
+    lines: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    chunks: dict[tuple[str, str, str], Chunk] = field(default_factory=dict)
+    digests: np.ndarray | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    disagreement: int | None = None
+
+
+class BlockEncoder:
+    """The work of a worker: call it with a block, and whether that is the first of its file."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe, self._tokenizer = recipe, Tokenizer(recipe.tokenizer_model)
+        self._encoder = Encoder(recipe.engine, self._tokenizer)
+        self._dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
+        self._spans = sentence_splitter() if recipe.split_sentences else lambda text: [(0, len(text))]
+        self._hashes = bool(recipe.drop_duplicates or recipe.parts.shares)
+
+    def __call__(self, block: Block, first: bool) -> Encoded:
+        recipe, out = self._recipe, Encoded(Block(block.file, b"", block.size, block.read, block.rows, block.digest, block.broken))
+        out.lines = block.size if block.rows else block.data.count(b"\n") + (block.data[-1:] not in (b"", b"\n"))
+        open_chunks: dict[tuple[str, str, str], _OpenChunk] = {}
+        digests, texts = [], []
+        for item in read_documents(block, recipe.json_keys, recipe.subset_key):
+            if isinstance(item, Skipped):
+                out.skipped.append(item)
+                if recipe.stop_on_error:
+                    break
+                continue
+            texts.append((item.line, item.texts[0]))
+            sizes = [len(text) if text.isascii() else len(text.encode()) for text in item.texts]
+            out.documents += 1
+            out.text_bytes += sum(sizes)
+            self._keep(item, sizes, open_chunks, digests, out)
+        out.chunks = {name: chunk.close(self._dtype) for name, chunk in open_chunks.items()}
+        if recipe.drop_duplicates:
+            out.digests = np.array(digests, np.uint64)
+        if recipe.engine != "sentencepiece":
+            out.disagreement = self._prove(texts, first, block.read)
+        return out
+
+    def _keep(self, item: Document, sizes: list[int], chunks: dict[tuple[str, str, str], _OpenChunk], digests: list[int], out: Encoded) -> None:
+        """Add the document to its chunks, or count why not."""
+        recipe = self._recipe
+        if recipe.signals:
+            values = [(signal.value(item.record), signal.least) for signal in recipe.signals]
+            if not any(value is not None and value >= least for value, least in values):
+                known = any(value is not None for value, _ in values)
+                out.dropped["quality signals below --require-signal" if known else "no quality signal"] += 1
+                return
+        encoded = [self._sequences(text, self._encoder.encode, self._encoder.encode_part) for text in item.texts]
+        if sum(map(len, encoded[0])) < recipe.min_tokens:
+            out.dropped["shorter than --min-tokens"] += 1
+            return
+        digest = digest_of(item.texts) if self._hashes else 0
+        part = recipe.parts.of(digest_of(item.texts[:1]) if recipe.parts.shares and len(item.texts) > 1 else digest)
+        for key, sequences, size in zip(recipe.json_keys, encoded, sizes):
+            chunks.setdefault((item.subset, part, key), _OpenChunk()).add(sequences, len(digests), size)
+        digests.append(digest)
+
+    def _sequences(self, text: str, encode: Callable, encode_part: Callable) -> list[np.ndarray]:
+        # Only the first sentence begins the document; put together, sentences read as the document does.
+        found = [np.asarray((encode_part if a else encode)(text[a:b]), np.int64) for a, b in (self._spans(text) if text else [])]
+        found = [ids for ids in found if len(ids)]
+        if found and self._recipe.append_eod:
+            found[-1] = np.append(found[-1], self._tokenizer.eod_id)
+        return found
+
+    def _prove(self, texts: Sequence[tuple[int, str]], first: bool, place: int) -> int | None:
+        """The line of a document for which sentencepiece gives other ids, of those that are looked at; None if there is none."""
+        chosen, length = [], 0
+        if first:
+            for line, text in texts:
+                if length + len(text) > _PROVE_FIRST:
+                    break
+                chosen.append((line, text))
+                length += len(text)
+        short = [item for item in texts if len(item[1]) <= _PROVE_SHORT] or sorted(texts, key=lambda item: len(item[1]))[:1]
+        if short and len(short[0][1]) <= _PROVE_FIRST:
+            chosen.append(short[place % len(short)])
+        engine, reference = self._encoder, self._tokenizer
+        for line, text in chosen:
+            ours = self._sequences(text, engine.encode, engine.encode_part)
+            theirs = self._sequences(text, reference.encode, reference.encode_part)
+            if len(ours) != len(theirs) or not all(map(np.array_equal, ours, theirs)):
+                return line
+        return None
+
+
+class _OpenChunk:
+    def __init__(self) -> None:
+        self._tokens: list[np.ndarray] = []
+        self._sequences, self._numbers, self._text_bytes = [], [], []
+
+    def add(self, sequences: list[np.ndarray], number: int, text_bytes: int) -> None:
+        self._tokens += sequences
+        self._sequences.append(len(sequences))
+        self._numbers.append(number)
+        self._text_bytes.append(text_bytes)
+
+    def close(self, dtype: type[np.integer]) -> Chunk:
+        tokens = np.concatenate(self._tokens).astype(dtype) if self._tokens else np.zeros(0, dtype)
+        return Chunk(tokens, np.array([len(ids) for ids in self._tokens], np.int32), np.array(self._sequences, np.int32),
+                     np.array(self._numbers, np.int32), np.array(self._text_bytes, np.int64))
+
+
+def sentence_splitter() -> Callable[[str], list[tuple[int, int]]]:
+    """Text -> (begin, end) of its sentences, which leave nothing out.
+
+    Raises:
+        DataError: the library is not installed.
+    """
+    try:
+        import nupunkt
+    except ImportError:
+        raise DataError("--split-sentences needs the package nupunkt; install megatron_sip[data]") from None
+    return nupunkt.sent_spans
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+_worker: BlockEncoder
+
+
+def encode_blocks(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[Encoded]:
+    """Each block encoded, in order.
+
+    Raises:
+        DataError: a worker died.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (recipe, os.getpid()))
+    waiting: deque[Future[Encoded]] = deque()
+    file = -1
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(_run_worker, block, block.file != file))
+            file = block.file
+            while len(waiting) > workers * _AHEAD or (waiting and waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process died; the usual reason is too little memory: start again with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(recipe: Recipe, parent: int) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers in order
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with contextlib.suppress(OSError):
+        os.nice(1)  # the reader goes first, so that no worker waits for it
+    _worker = BlockEncoder(recipe)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _run_worker(block: Block, first: bool) -> Encoded:
+    return _worker(block, first)
