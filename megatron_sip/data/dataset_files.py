@@ -79,11 +79,16 @@ class DatasetWriter:
         self.counts.tokens += len(tokens)
         self.counts.text_bytes += text_bytes
 
-    def sync(self) -> None:
-        """Wait until everything is on the disk."""
+    def flush(self) -> list[int]:
+        """Hand everything to the system; returns the files' descriptors, to be synchronized."""
         for file in self._files:
             file.flush()
-            os.fsync(file.fileno())
+        return [file.fileno() for file in self._files]
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        for descriptor in self.flush():
+            os.fsync(descriptor)
 
     def finish(self, manifest: dict[str, Any], datasets: Sequence[str]) -> None:
         """Write index and manifest aside; ``datasets`` are the names of all that the same run writes."""

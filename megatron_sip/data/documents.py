@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -21,8 +21,7 @@ from megatron_sip.data.corpus import Block
 SIGNALS = "quality_signals"  # of RedPajama-v2: an object, or the same as text
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One document.
 
     Attributes:
@@ -38,8 +37,7 @@ class Document:
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Skipped:
+class Skipped(NamedTuple):
     """A line that is no document, and why."""
 
     line: int
@@ -50,23 +48,29 @@ class BadDocument(ValueError):
     """A line that is no document; the message is the reason."""
 
 
-def read_documents(block: Block, keys: Sequence[str], subset_key: str) -> Iterator[Document | Skipped]:
-    """Documents of a block. Blank lines count as lines and give nothing.
+def split_lines(block: Block) -> list[Any]:
+    """Lines of a block (bytes), or its rows (objects)."""
+    if block.rows:
+        import pyarrow
+
+        return pyarrow.ipc.open_stream(block.data).read_all().to_pylist()
+    lines = block.data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def read_documents(lines: Sequence[Any], rows: bool, keys: Sequence[str], subset_key: str) -> Iterator[Document | Skipped]:
+    """Documents of lines, or of rows. Blank lines give nothing.
 
     Args:
         keys: of the texts.
         subset_key: of the subset's name; dots lead into objects (``meta.redpajama_set_name``).
     """
-    if block.rows:
-        import pyarrow
-
-        lines: Sequence[Any] = pyarrow.ipc.open_stream(block.data).read_all().to_pylist()
-    else:
-        lines = block.data.split(b"\n")
     path = subset_key.split(".")
     for number, line in enumerate(lines, 1):
         try:
-            record = line if block.rows else _parse(line)
+            record = line if rows else _parse(line)
             if record is None:
                 continue
             yield Document(number, tuple([_text(record, key) for key in keys]), str(_lookup(record, path) or ""), record)

@@ -5,7 +5,6 @@ In: digests of documents in order. Out: which of them are not new. 16 to 32 byte
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +45,10 @@ class Duplicates:
         self._file.write(np.ascontiguousarray(digests[~old]).tobytes())
         return old
 
-    def sync(self) -> None:
+    def flush(self) -> list[int]:
+        """Hand everything to the system; returns the file's descriptor, to be synchronized."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        return [self._file.fileno()]
 
     def _insert(self, digests: np.ndarray) -> np.ndarray:
         digests = np.maximum(digests, np.uint64(1))

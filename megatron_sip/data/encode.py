@@ -1,35 +1,39 @@
 """Blocks -> tokens, in worker processes; results come back in the order of the blocks.
 
 In: blocks and :class:`Recipe`. Out: :class:`Encoded`, arrays ready to be appended to datasets. Nothing here depends on how many
-workers there are.
+workers there are. Text and tokens go through memory that parent and workers share: through pipes, threads of the parent
+would wait for each other at every 64 KiB.
 """
 
 from __future__ import annotations
 
-import contextlib
+import gc
+import mmap
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_sip.data import DataError
 from megatron_sip.data.corpus import Block
-from megatron_sip.data.documents import Document, Parts, Signal, Skipped, digest_of, read_documents
+from megatron_sip.data.documents import Document, Parts, Signal, Skipped, digest_of, read_documents, split_lines
 from megatron_sip.data.engine import Encoder
 from megatron_sip.data.tokenizer import Tokenizer
 
 _AHEAD = 3  # blocks under way for each worker: the reader goes on only while workers keep up, so memory does not grow
 _PROVE_FIRST = 1 << 16  # characters at the beginning of each file that are encoded by sentencepiece, too
-_PROVE_SHORT = 1 << 12  # characters of the document in each block that is
+_PROVE_SHORT = 1 << 11  # characters at most of the document that is in
+_PROVE_EVERY = 4  # blocks
+_SLOT = 4 << 20  # bytes of shared memory for a block, and then for its tokens; what is larger is sent
 
 
 @dataclass(frozen=True)
@@ -111,58 +115,63 @@ class BlockEncoder:
         self._recipe, self._tokenizer = recipe, Tokenizer(recipe.tokenizer_model)
         self._encoder = Encoder(recipe.engine, self._tokenizer)
         self._dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
-        self._spans = sentence_splitter() if recipe.split_sentences else lambda text: [(0, len(text))]
+        self._spans = sentence_splitter() if recipe.split_sentences else None
+        self._eod = np.array([self._tokenizer.eod_id] if recipe.append_eod else [], np.uint32)
         self._hashes = bool(recipe.drop_duplicates or recipe.parts.shares)
 
     def __call__(self, block: Block, first: bool) -> Encoded:
-        recipe, out = self._recipe, Encoded(Block(block.file, b"", block.size, block.read, block.rows, block.digest, block.broken))
-        out.lines = block.size if block.rows else block.data.count(b"\n") + (block.data[-1:] not in (b"", b"\n"))
+        recipe, out = self._recipe, Encoded(replace(block, data=b""))
+        lines = split_lines(block)
+        out.lines = len(lines)
         open_chunks: dict[tuple[str, str, str], _OpenChunk] = {}
         digests, texts = [], []
-        for item in read_documents(block, recipe.json_keys, recipe.subset_key):
+        for item in read_documents(lines, block.rows, recipe.json_keys, recipe.subset_key):
             if isinstance(item, Skipped):
                 out.skipped.append(item)
                 if recipe.stop_on_error:
                     break
                 continue
             texts.append((item.line, item.texts[0]))
-            sizes = [len(text) if text.isascii() else len(text.encode()) for text in item.texts]
             out.documents += 1
-            out.text_bytes += sum(sizes)
-            self._keep(item, sizes, open_chunks, digests, out)
+            out.text_bytes += self._keep(item, open_chunks, digests, out.dropped)
         out.chunks = {name: chunk.close(self._dtype) for name, chunk in open_chunks.items()}
         if recipe.drop_duplicates:
             out.digests = np.array(digests, np.uint64)
         if recipe.engine != "sentencepiece":
-            out.disagreement = self._prove(texts, first, block.read)
+            out.disagreement = self._prove(texts, first, block.read // max(1, block.size))
         return out
 
-    def _keep(self, item: Document, sizes: list[int], chunks: dict[tuple[str, str, str], _OpenChunk], digests: list[int], out: Encoded) -> None:
-        """Add the document to its chunks, or count why not."""
+    def _keep(self, item: Document, chunks: dict[tuple[str, str, str], _OpenChunk], digests: list[int], dropped: Counter[str]) -> int:
+        """Add the document to its chunks, or count in ``dropped`` why not; returns the size of its text in UTF-8."""
         recipe = self._recipe
         if recipe.signals:
             values = [(signal.value(item.record), signal.least) for signal in recipe.signals]
             if not any(value is not None and value >= least for value, least in values):
                 known = any(value is not None for value, _ in values)
-                out.dropped["quality signals below --require-signal" if known else "no quality signal"] += 1
-                return
+                dropped["quality signals below --require-signal" if known else "no quality signal"] += 1
+                return sum(map(_utf8_size, item.texts))
         encoded = [self._sequences(text, self._encoder.encode, self._encoder.encode_part) for text in item.texts]
-        if sum(map(len, encoded[0])) < recipe.min_tokens:
-            out.dropped["shorter than --min-tokens"] += 1
-            return
+        sizes = [_utf8_size(text) for text in item.texts]
+        if recipe.min_tokens and sum(map(len, encoded[0])) + (recipe.append_eod and bool(encoded[0])) < recipe.min_tokens:
+            dropped["shorter than --min-tokens"] += 1
+            return sum(sizes)
         digest = digest_of(item.texts) if self._hashes else 0
         part = recipe.parts.of(digest_of(item.texts[:1]) if recipe.parts.shares and len(item.texts) > 1 else digest)
         for key, sequences, size in zip(recipe.json_keys, encoded, sizes):
-            chunks.setdefault((item.subset, part, key), _OpenChunk()).add(sequences, len(digests), size)
+            name = item.subset, part, key
+            if name not in chunks:
+                chunks[name] = _OpenChunk()
+            chunks[name].add(sequences, self._eod, len(digests), size)
         digests.append(digest)
+        return sum(sizes)
 
     def _sequences(self, text: str, encode: Callable, encode_part: Callable) -> list[np.ndarray]:
-        # Only the first sentence begins the document; put together, sentences read as the document does.
-        found = [np.asarray((encode_part if a else encode)(text[a:b]), np.int64) for a, b in (self._spans(text) if text else [])]
-        found = [ids for ids in found if len(ids)]
-        if found and self._recipe.append_eod:
-            found[-1] = np.append(found[-1], self._tokenizer.eod_id)
-        return found
+        """Ids of the document, or of each of its sentences; none if it has no text."""
+        if self._spans is None:
+            found = [encode(text)]
+        else:  # only the first sentence begins the document; put together, sentences read as the document does
+            found = [(encode_part if a else encode)(text[a:b]) for a, b in (self._spans(text) if text else [])]
+        return [ids for ids in found if len(ids)]
 
     def _prove(self, texts: Sequence[tuple[int, str]], first: bool, place: int) -> int | None:
         """The line of a document for which sentencepiece gives other ids, of those that are looked at; None if there is none."""
@@ -173,9 +182,10 @@ class BlockEncoder:
                     break
                 chosen.append((line, text))
                 length += len(text)
-        short = [item for item in texts if len(item[1]) <= _PROVE_SHORT] or sorted(texts, key=lambda item: len(item[1]))[:1]
-        if short and len(short[0][1]) <= _PROVE_FIRST:
-            chosen.append(short[place % len(short)])
+        if place % _PROVE_EVERY == 0:
+            short = [item for item in texts if len(item[1]) <= _PROVE_SHORT] or sorted(texts, key=lambda item: len(item[1]))[:1]
+            if short and len(short[0][1]) <= _PROVE_FIRST:
+                chosen.append(short[place % len(short)])
         engine, reference = self._encoder, self._tokenizer
         for line, text in chosen:
             ours = self._sequences(text, engine.encode, engine.encode_part)
@@ -185,21 +195,32 @@ class BlockEncoder:
         return None
 
 
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())  # cheap once an engine has asked the text for its UTF-8
+
+
 class _OpenChunk:
     def __init__(self) -> None:
         self._tokens: list[np.ndarray] = []
-        self._sequences, self._numbers, self._text_bytes = [], [], []
+        self._lengths: list[int] = []
+        self._sequences: list[int] = []
+        self._numbers: list[int] = []
+        self._text_bytes: list[int] = []
 
-    def add(self, sequences: list[np.ndarray], number: int, text_bytes: int) -> None:
-        self._tokens += sequences
+    def add(self, sequences: list[np.ndarray], eod: np.ndarray, number: int, text_bytes: int) -> None:
+        """Add a document; ``eod`` ends its last sequence."""
+        if sequences:
+            self._tokens += [*sequences, eod]
+            self._lengths += map(len, sequences)
+            self._lengths[-1] += len(eod)
         self._sequences.append(len(sequences))
         self._numbers.append(number)
         self._text_bytes.append(text_bytes)
 
     def close(self, dtype: type[np.integer]) -> Chunk:
-        tokens = np.concatenate(self._tokens).astype(dtype) if self._tokens else np.zeros(0, dtype)
-        return Chunk(tokens, np.array([len(ids) for ids in self._tokens], np.int32), np.array(self._sequences, np.int32),
-                     np.array(self._numbers, np.int32), np.array(self._text_bytes, np.int64))
+        tokens = np.concatenate(self._tokens, dtype=dtype, casting="unsafe") if self._tokens else np.zeros(0, dtype)
+        return Chunk(tokens, np.array(self._lengths, np.int32), np.array(self._sequences, np.int32), np.array(self._numbers, np.int32),
+                     np.array(self._text_bytes, np.int64))
 
 
 def sentence_splitter() -> Callable[[str], list[tuple[int, int]]]:
@@ -217,40 +238,95 @@ def sentence_splitter() -> Callable[[str], list[tuple[int, int]]]:
 
 # -- processes --------------------------------------------------------------------------------------------------------
 
+class _Slots:
+    """Memory that parent and forked workers share, in slots; the parent says who has which."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = mmap.mmap(-1, count * _SLOT)
+        self.free = deque(range(count))
+
+    def put(self, slot: int, data: bytes) -> bool:
+        """Copy data into the slot, if it is large enough."""
+        if len(data) <= _SLOT:
+            self._memory[slot * _SLOT : slot * _SLOT + len(data)] = data
+            return True
+        return False
+
+    def take(self, slot: int, size: int) -> bytes:
+        return self._memory[slot * _SLOT : slot * _SLOT + size]
+
+    def pack(self, slot: int, chunks: Iterable[Chunk]) -> None:
+        """Replace tokens by how many they are, as long as there is room for them in the slot."""
+        begin = 0
+        for chunk in chunks:
+            size = chunk.tokens.nbytes
+            if begin + size > _SLOT:
+                return
+            np.frombuffer(self._memory, chunk.tokens.dtype, len(chunk.tokens), slot * _SLOT + begin)[:] = chunk.tokens
+            begin += size + -size % 8
+            chunk.tokens = _Packed(chunk.tokens.dtype, len(chunk.tokens))
+
+    def unpack(self, slot: int, chunks: Iterable[Chunk]) -> None:
+        """The inverse; the tokens are views into the slot."""
+        begin = 0
+        for chunk in chunks:
+            if isinstance(chunk.tokens, _Packed):
+                packed = chunk.tokens
+                chunk.tokens = np.frombuffer(self._memory, packed.dtype, packed.count, slot * _SLOT + begin)
+                begin += chunk.tokens.nbytes + -chunk.tokens.nbytes % 8
+
+
+@dataclass(frozen=True)
+class _Packed:
+    dtype: np.dtype
+    count: int
+
+
 _worker: BlockEncoder
+_slots: _Slots
 
 
 def encode_blocks(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[Encoded]:
-    """Each block encoded, in order.
+    """Each block encoded, in order. Its tokens are valid until the next one is asked for.
 
     Raises:
         DataError: a worker died.
     """
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (recipe, os.getpid()))
-    waiting: deque[Future[Encoded]] = deque()
+    slots = _Slots(workers * _AHEAD + 1)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (recipe, os.getpid(), slots))
+    waiting: deque[tuple[int, Future[Encoded]]] = deque()
     file = -1
+
+    def next_result() -> Iterator[Encoded]:
+        slot, future = waiting.popleft()
+        encoded = future.result()
+        slots.unpack(slot, encoded.chunks.values())
+        yield encoded
+        slots.free.append(slot)
+
     try:
         for block in blocks:
-            waiting.append(pool.submit(_run_worker, block, block.file != file))
+            slot, size = slots.free.popleft(), len(block.data)
+            light = replace(block, data=b"") if slots.put(slot, block.data) else block
+            waiting.append((slot, pool.submit(_run_worker, light, slot, size, block.file != file)))
             file = block.file
-            while len(waiting) > workers * _AHEAD or (waiting and waiting[0].done()):
-                yield waiting.popleft().result()
+            while len(waiting) > workers * _AHEAD or (waiting and waiting[0][1].done()):
+                yield from next_result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from next_result()
     except BrokenProcessPool:
         raise DataError("a worker process died; the usual reason is too little memory: start again with fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(recipe: Recipe, parent: int) -> None:
-    global _worker
+def _start_worker(recipe: Recipe, parent: int, slots: _Slots) -> None:
+    global _worker, _slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers in order
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(1)  # the reader goes first, so that no worker waits for it
-    _worker = BlockEncoder(recipe)
+    _worker, _slots = BlockEncoder(recipe), slots
+    gc.freeze()  # what is there stays; without this, collections walk through all of Megatron again and again
 
 
 def _end_with(parent: int) -> None:
@@ -260,5 +336,9 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run_worker(block: Block, first: bool) -> Encoded:
-    return _worker(block, first)
+def _run_worker(block: Block, slot: int, size: int, first: bool) -> Encoded:
+    if not block.data and size:
+        block = replace(block, data=_slots.take(slot, size))
+    encoded = _worker(block, first)
+    _slots.pack(slot, encoded.chunks.values())
+    return encoded

@@ -20,6 +20,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ class _Run:
         self._writers: dict[str, DatasetWriter] = {}
         self._duplicates: Duplicates | None = None
         self._torn = False  # a block is appended in part
+        self._saver = ThreadPoolExecutor(1, "save")
+        self._saving: Future[None] | None = None
 
     def encode(self, engines: Sequence[str]) -> list[str]:
         """Read and encode all that is left; returns the names of the datasets. ``engines`` are tried in this order."""
@@ -191,6 +194,8 @@ class _Run:
                         self._save()
                 raise
             finally:
+                if self._saving is not None:
+                    wait([self._saving])
                 for writer in self._writers.values():
                     with contextlib.suppress(OSError):
                         writer.close()
@@ -209,7 +214,7 @@ class _Run:
                 self._take(item)
                 progress.show(item)
                 if time.monotonic() - saved >= settings.save_interval:
-                    self._save()
+                    self._save(wait=False)
                     saved = time.monotonic()
         if not any(counts.tokens for counts in state.counts.values()):
             reasons = ", ".join(f"{count} {reason}" for reason, count in state.dropped.items())
@@ -262,19 +267,36 @@ class _Run:
             self._say(f"skipped: {where}")
         self._state.skipped += skipped
 
-    def _save(self) -> None:
-        for writer in self._writers.values():
-            writer.sync()
+    def _save(self, wait: bool = True) -> None:
+        """Bring what is written and the record of it to the disk. Not waiting, one at a time is under way in a thread: disks take their time."""
+        if self._saving is not None:
+            if not wait and not self._saving.done():
+                return
+            self._saving.result()
+        files = [writer.flush() for writer in self._writers.values()]
         if self._duplicates is not None:
-            self._duplicates.sync()
-        self._partial.save(self._state)
+            files.append(self._duplicates.flush())
+        record = asdict(self._state)  # a copy: the state goes on
+
+        def work() -> None:
+            for descriptors in files:
+                for descriptor in descriptors:
+                    os.fsync(descriptor)
+            self._partial.save(record)
+
+        self._saving = self._saver.submit(work)
+        if wait:
+            self._saving.result()
 
     def _begin_anew(self) -> None:
+        if self._saving is not None:
+            wait([self._saving])
+            self._saving = None
         for writer in self._writers.values():
             writer.discard()
         self._writers = {}
         self._state = State()
-        self._partial.save(self._state)
+        self._partial.save(asdict(self._state))
 
     def _columns(self) -> list[str]:
         """Columns of Parquet files that may be needed."""
@@ -293,7 +315,7 @@ class _Run:
             for name in names:
                 DatasetWriter(self._partial.folder, name, self._dtype, state.counts[name]).finish(whole, names)
             state.written = True
-            self._partial.save(state)
+            self._partial.save(asdict(state))
         prefixes = [str(folder / name) for name in names]
         for name, prefix in zip(names, prefixes):
             publish(self._partial.folder, name, prefix)
@@ -352,8 +374,8 @@ class _Partial:
             self._say(f"going on after {state.documents} documents, {state.text_bytes / 1e6:.1f} MB of text")
         return state
 
-    def save(self, state: State) -> None:
-        write_json(self.folder / PROGRESS, {"manifest": self._manifest, "state": asdict(state)})
+    def save(self, state: dict[str, Any]) -> None:
+        write_json(self.folder / PROGRESS, {"manifest": self._manifest, "state": state})
         sync_folder(self.folder)
 
     def remove(self) -> None:

@@ -27,9 +27,9 @@ def test_it_goes_on_from_its_file_and_cuts_off_what_came_later(tmp_path):
     duplicates = Duplicates(path, 0)
     duplicates.seen(np.array([5, 0, 7, 5], np.uint64))
     kept = len(duplicates)
-    duplicates.sync()
+    duplicates.flush()
     duplicates.seen(np.array([8, 9], np.uint64))
-    duplicates.sync()
+    duplicates.flush()
     again = Duplicates(path, kept)
     assert kept == 3 and again.seen(np.array([9, 7, 0, 8], np.uint64)).tolist() == [False, True, True, False]
     with pytest.raises(DataError, match="digests is shorter than its progress says; remove the folder"):

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Measure this project beside a named peer, in alternation, in one run.
+
+    python tools/bench.py preprocess --input TEXT.jsonl [...] --tokenizer-model tokenizer.model [--megatron-lm CHECKOUT]
+    python tools/bench.py preprocess-memory --input TEXT.jsonl --tokenizer-model tokenizer.model
+    python tools/bench.py long-document --input TEXT.jsonl --tokenizer-model tokenizer.model
+    python tools/bench.py pairs [--pairs 100000000]
+
+Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 3600  # seconds for one command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = argparse.ArgumentParser(add_help=False)
+    text.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL with a text field")
+    text.add_argument("--tokenizer-model", type=Path, required=True, metavar="FILE")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    common.add_argument("--scratch", type=Path, help="folder for temporary files (default: the system's)")
+    found = commands.add_parser("preprocess", parents=[text, common], help="MB/s of tools/preprocess_data.py, Megatron-LM's tool and the bare encode")
+    found.add_argument("--megatron-lm", type=Path, metavar="CHECKOUT", help="a checkout of Megatron-LM (core_v0.16.1); what its tool imports must be importable")
+    found.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
+    found.add_argument("--rounds", type=int, default=3)
+    found = commands.add_parser("preprocess-memory", parents=[text, common], help="peak memory for a small and a large input")
+    found.add_argument("--megabytes", type=int, nargs=2, default=[100, 2000], metavar=("SMALL", "LARGE"))
+    found.add_argument("--workers", type=int, default=2, metavar="N")
+    commands.add_parser("long-document", parents=[text, common], help="seconds for one document of 1 to 100 MB")
+    found = commands.add_parser("pairs", parents=[common], help="time and memory to open a dataset of many pairs, and to read one")
+    found.add_argument("--pairs", type=int, default=100_000_000)
+    found.add_argument("--pairs-a-document", type=int, default=4)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
+        numbers = COMMANDS[options.command](options, Path(scratch))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "command": sys.argv[1:], **numbers}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def machine() -> dict[str, object]:
+    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name")), platform.machine())
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+# -- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+def preprocess(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """Rates of text. What a command needs to start is taken off by the difference between the whole input and a tenth of it."""
+    lines = [line for file in options.input for line in open(file, "rb")]
+    files = {"whole": scratch / "whole.jsonl", "tenth": scratch / "tenth.jsonl"}
+    files["whole"].write_bytes(b"".join(lines))
+    files["tenth"].write_bytes(b"".join(lines[::10]))
+    sizes = {name: sum(len(json.loads(line)["text"].encode()) for line in open(file, "rb")) / 1e6 for name, file in files.items()}
+    print(f"{len(lines)} documents, {sizes['whole']:.1f} MB of text; {options.rounds} rounds on {machine()['cpu']}, {machine()['cores']} cores\n")
+
+    def ours(name: str, workers: int) -> float:
+        return timed([sys.executable, ROOT / "tools/preprocess_data.py", "--input", files[name], "--output-prefix", scratch / f"ours-{time.monotonic_ns()}",
+                      "--tokenizer-model", options.tokenizer_model, "--append-eod", "--workers", workers])
+
+    def theirs(name: str, workers: int) -> float:
+        return timed([sys.executable, options.megatron_lm / "tools/preprocess_data.py", "--input", files[name], "--output-prefix", scratch / "megatron",
+                      "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", options.tokenizer_model, "--append-eod", "--workers", workers], options.megatron_lm)
+
+    def rate(run: Callable[[str, int], float]) -> Callable[[int], float]:
+        return lambda workers: (sizes["whole"] - sizes["tenth"]) / (run("whole", workers) - run("tenth", workers))
+
+    def bare(workers: int) -> float:
+        context = multiprocessing.get_context("spawn")
+        begin, done = context.Barrier(workers + 1), context.Queue()
+        started = [context.Process(target=_encode_bare, args=(files["whole"], options.tokenizer_model, i, workers, begin, done)) for i in range(workers)]
+        for process in started:
+            process.start()
+        begin.wait(DEADLINE)
+        seconds = max(done.get(timeout=DEADLINE) for _ in started)
+        for process in started:
+            process.join()
+        return sizes["whole"] / seconds
+
+    peers: dict[str, Callable[[int], float]] = {"ours": rate(ours), "bare encode": bare}
+    if options.megatron_lm:
+        peers["Megatron-LM"] = rate(theirs)
+    found: dict[str, dict[str, list[float]]] = {}
+    print(f"{'MB of text a second':22}" + "".join(f"{name:>24}" for name in peers) + "".join(f"{'ours / ' + name:>24}" for name in list(peers)[1:]))
+    for workers in options.workers:
+        rates: dict[str, list[float]] = {name: [] for name in peers}
+        for _ in range(options.rounds):
+            for name, measure in peers.items():
+                rates[name].append(measure(workers))
+        found[str(workers)] = rates
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        cells = [f"{medians[name]:.1f} ({min(values):.1f} - {max(values):.1f})" for name, values in rates.items()]
+        ratios = [f"{medians['ours'] / medians[name]:.2f}" for name in list(peers)[1:]]
+        print(f"{workers} worker{'s' * (workers > 1):15}" + "".join(f"{cell:>24}" for cell in cells + ratios), flush=True)
+    return {"megabytes": sizes, "rates": found}
+
+
+def _encode_bare(file: Path, model: Path, index: int, count: int, begin, done) -> None:
+    """Seconds to encode every count-th document, read beforehand, with the engine that the tool would choose."""
+    from megatron_sip.data.engine import Encoder, usable
+    from megatron_sip.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model)
+    encode = Encoder(usable("auto", tokenizer, print)[0], tokenizer).encode
+    texts = [json.loads(line)["text"] for line in list(open(file, "rb"))[index::count]]
+    begin.wait(DEADLINE)
+    started = time.perf_counter()
+    for text in texts:
+        encode(text)
+    done.put(time.perf_counter() - started)
+
+
+def preprocess_memory(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """Peak of the proportional set size (shared pages count once) of the tool and its workers."""
+    lines = [line for file in options.input for line in open(file, "rb")]
+    found = {}
+    for megabytes in options.megabytes:
+        file, size = scratch / f"{megabytes}.jsonl", 0
+        with open(file, "wb") as out:
+            while size < megabytes * 1e6:
+                for line in lines:
+                    out.write(line)
+                    size += len(line)
+        peaks = []
+        timed([sys.executable, ROOT / "tools/preprocess_data.py", "--input", file, "--output-prefix", scratch / f"out{megabytes}",
+               "--tokenizer-model", options.tokenizer_model, "--append-eod", "--workers", options.workers], watch=peaks)
+        found[megabytes] = max(peaks) / 1e6
+        print(f"{size / 1e6:8.0f} MB of JSONL: peak {found[megabytes]:.0f} MB", flush=True)
+        file.unlink()
+    small, large = (found[megabytes] for megabytes in options.megabytes)
+    print(f"ratio {large / small:.3f}")
+    return {"peak_megabytes": found}
+
+
+def long_document(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """Seconds for one long document, beside sentencepiece, whose ids are compared."""
+    from megatron_sip.data.engine import Encoder, usable
+    from megatron_sip.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(options.tokenizer_model)
+    engine = usable("auto", tokenizer, print)[0]
+    encoder, text = Encoder(engine, tokenizer), "\n".join(json.loads(line)["text"] for file in options.input for line in open(file, "rb"))
+    found = {}
+    print(f"{'MB':>8}{engine + ', s':>16}{'s/MB':>8}{'sentencepiece, s':>20}{'s/MB':>8}   ids")
+    for megabytes in (1, 3, 10, 30, 100):
+        long = (text * (1 + int(megabytes * 1e6) // len(text)))[: int(megabytes * 1e6)]
+        started = time.perf_counter()
+        ours = encoder.encode(long)
+        between = time.perf_counter()
+        theirs = tokenizer.encode(long)
+        seconds = between - started, time.perf_counter() - between
+        same = ours.tolist() == theirs
+        found[megabytes] = {"engine": seconds[0], "sentencepiece": seconds[1], "equal": same}
+        print(f"{megabytes:8}{seconds[0]:16.2f}{seconds[0] / megabytes:8.3f}{seconds[1]:20.2f}{seconds[1] / megabytes:8.3f}   {'equal' if same else 'DIFFERENT'}", flush=True)
+    return {"engine": engine, "seconds": found}
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def pairs(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """A synthetic dataset (a sparse .bin), opened in processes of their own: the first counts the pairs, the second finds them counted."""
+    from megatron_sip.data.dataset_files import Counts, write_index
+
+    import numpy as np
+
+    length, piece = 256, 1 << 20
+    documents = options.pairs // options.pairs_a_document
+    tokens = documents * options.pairs_a_document * length
+
+    def sizes(value: int):
+        for begin in range(0, documents, piece):
+            yield np.full(min(piece, documents - begin), value, np.int32)
+
+    prefix = scratch / "synthetic"
+    write_index(f"{prefix}.idx", np.uint16, Counts(documents, documents, tokens), lambda: sizes(options.pairs_a_document * length), lambda: sizes(1))
+    with open(f"{prefix}.bin", "wb") as file:
+        file.truncate(2 * tokens)
+    found = {}
+    for name in ("first", "again"):
+        done = subprocess.run([sys.executable, "-c", _OPEN, str(ROOT), str(prefix)], capture_output=True, text=True, timeout=DEADLINE)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:>6}: {found[name]['pairs']:,} pairs; opened in {found[name]['open_seconds']:.2f} s with {found[name]['private_megabytes']:.0f} MB of its own "
+              f"(peak {found[name]['peak_megabytes']:.0f} MB above the imports, mapped pages included); a pair in {found[name]['pair_microseconds']:.0f} us", flush=True)
+    return found
+
+
+_OPEN = """
+import json, sys, time, resource
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from megatron_sip.config import DataSection
+from megatron_sip.data.pairs import build_pairs
+
+def own():
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith(("Private_Dirty", "Anonymous"))) / 2e3
+
+before, peak = own(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+train, _ = build_pairs(DataSection(blend=[(1.0, Path(sys.argv[2]))], split="99,1"), 1, 5_376_000, 1000, "")
+seconds = time.perf_counter() - started
+private, highest = own() - before, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1e3
+started = time.perf_counter()
+for i in range(0, 1000):
+    train[i * 5000]
+each = (time.perf_counter() - started) / 1000 * 1e6
+print(json.dumps({"pairs": train.datasets[0].pairs_per_epoch, "open_seconds": seconds, "private_megabytes": private, "peak_megabytes": highest, "pair_microseconds": each}))
+"""
+
+
+def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = None) -> float:
+    """Wall seconds of a command; ``watch`` collects the memory of its processes, in bytes, while it runs."""
+    import psutil
+
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        while watch is not None and process.poll() is None:
+            total = 0
+            for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                try:
+                    total += member.memory_full_info().pss
+                except psutil.Error:
+                    pass
+            watch.append(total)
+            time.sleep(0.2)
+        if process.wait(DEADLINE):
+            log.seek(0)
+            raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{log.read().decode(errors='replace')[-2000:]}")
+    return time.perf_counter() - started
+
+
+COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
