@@ -31,6 +31,11 @@ def merge(prefixes: Sequence[str], output: str, say: Callable[[str], None] = pri
     Raises:
         DataError: a dataset is missing, damaged, or of another tokenizer, dtype or settings than the first; or OUTPUT exists.
     """
+    folder, name = Path(output).parent, os.path.basename(output)
+    aside = folder / f"{name}.partial"
+    if _merged_of(aside / name) == list(map(os.path.basename, prefixes)):  # stopped while its files were renamed
+        _publish(aside, name, output)
+        return
     for ending in (".bin", ".idx", ".json"):
         if os.path.exists(output + ending):
             raise DataError(f"{output}{ending} exists; remove it, or choose another --output-prefix")
@@ -42,8 +47,6 @@ def merge(prefixes: Sequence[str], output: str, say: Callable[[str], None] = pri
         if dataset.index.dtype != dtype:
             raise DataError(f"{prefix} holds {dataset.index.dtype.__name__} tokens, {prefixes[0]} {dtype.__name__}; they were made with different tokenizers")
     counts = Counts(*(sum(values) for values in zip(*(_counts(dataset, manifest) for dataset, manifest in zip(datasets, manifests)))))
-    folder, name = Path(output).parent, os.path.basename(output)
-    aside = folder / f"{name}.partial"
     aside.mkdir(parents=True, exist_ok=True)
     _join([prefix + ".bin" for prefix in prefixes], aside / f"{name}.bin", say)
     idx = str(aside / f"{name}.idx")
@@ -51,9 +54,7 @@ def merge(prefixes: Sequence[str], output: str, say: Callable[[str], None] = pri
                 lambda: _all_pieces(datasets, lambda d: d.document_indices, 1))
     if manifests[0] is not None:
         write_manifest(str(aside / f"{name}.json"), _sum(manifests, name, prefixes), counts, str(aside / f"{name}.bin"), idx, [name])
-    publish(aside, name, output)
-    aside.rmdir()
-    sync_folder(folder)
+    _publish(aside, name, output)
     say(f"{output}: {counts.documents} documents, {counts.tokens} tokens of {len(prefixes)} datasets")
 
 
@@ -65,7 +66,7 @@ def merge_shards(base: str, allow_missing: bool, remove: bool, say: Callable[[st
     """
     found = find_shards(base, allow_missing)
     for output, prefixes in found.items():
-        if os.path.exists(output + ".json") and _manifest(output)["merged"] == [os.path.basename(prefix) for prefix in prefixes]:
+        if _merged_of(Path(output)) == list(map(os.path.basename, prefixes)):
             say(f"already merged: {output}")
         else:
             merge(prefixes, output, say)
@@ -108,6 +109,20 @@ def find_shards(base: str, allow_missing: bool = False) -> dict[str, list[str]]:
     if missing and not allow_missing:
         raise DataError(f"{base}: shard {', '.join(map(str, missing[:20]))} is missing; run it, or --allow-missing where there were fewer files than shards")
     return found
+
+
+def _publish(aside: Path, name: str, output: str) -> None:
+    publish(aside, name, output)
+    sync_folder(aside.parent)
+    aside.rmdir()
+
+
+def _merged_of(prefix: Path) -> list[str] | None:
+    """Of what a dataset was merged, as its manifest says; None if there is no such manifest."""
+    try:
+        return json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["merged"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _manifest(prefix: str) -> dict[str, Any] | None:

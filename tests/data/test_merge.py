@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,27 @@ def test_merging_again_keeps_what_is_merged(tmp_path, tokenizer_model, corpus):
     for _ in range(2):
         merge.merge_shards(str(tmp_path / "d"), False, False, said.append)
     assert said[-1] == f"already merged: {tmp_path}/d_text_document"
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_merge_that_was_stopped_is_finished(tmp_path, tokenizer_model, corpus, monkeypatch, step):
+    prefixes = [make(tmp_path, tokenizer_model, files=corpus, shard=(i, 2))[0] for i in range(2)]
+    out, left, replace = str(tmp_path / "out"), [step], os.replace
+
+    def stopping(source, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        merge.merge(prefixes, out, lambda line: None)
+    monkeypatch.setattr(os, "replace", replace)
+    merge.merge(prefixes, out, lambda line: None)
+    found = IndexedDataset(out)
+    assert len(found.document_indices) - 1 == sum(len(IndexedDataset(p).document_indices) - 1 for p in prefixes)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]
 
 
 def test_only_like_is_merged_with_like(tmp_path, tokenizer_model, corpus):

@@ -227,3 +227,27 @@ def test_an_empty_dataset_and_a_missing_manifest(datasets, tokenizer, tmp_path, 
     manifest.unlink()
     pairs_of(folder, tokenizer)
     assert "the manifest) is missing" in capsys.readouterr().err
+
+
+def test_prefixes_end_with_sentences_where_that_is_asked_for(tmp_path, tokenizer, tokenizer_model):
+    pytest.importorskip("nupunkt")
+    texts = [t[:8000] for t in TEXTS[:6]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    prefix = tokenize(tmp_path / "a.jsonl", tokenizer_model, split_sentences=True)
+    data = DataSection(blend=[(1.0, Path(prefix))], prefix_length=P, suffix_length=S, split="100", cut="sentence")
+    train, _ = build_pairs(data, 3, 200, 0, tokenizer.fingerprint)
+    dataset = IndexedDataset(prefix)
+    index, seen = dataset.document_indices, set()
+    for pair in (train[i] for i in range(train.datasets[0].pairs_per_epoch)):
+        ends = np.cumsum(dataset.sequence_lengths[index[pair.id.document] : index[pair.id.document + 1]])
+        assert pair.id.offset + P in ends
+        ids = tokenizer.encode(texts[pair.id.document])[: pair.id.offset]
+        text = tokenizer.split_text(ids + list(pair.prefix_ids), pair.suffix_ids, True)
+        assert "".join(text) == texts[pair.id.document][: len("".join(text))] or not pair.at_document_start
+        seen.add(pair.id)
+    assert len(seen) == train.datasets[0].pairs_per_epoch > 20
+
+
+def test_documents_without_sentences_cannot_be_cut_at_them(datasets, tokenizer):
+    with pytest.raises(DataError, match="data.cut=sentence needs a dataset with a sequence for each sentence, .* --split-sentences"):
+        pairs_of(datasets, tokenizer, cut="sentence")
