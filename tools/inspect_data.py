@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What is in .bin/.idx datasets: counts, lengths, bytes a token, pairs to read; and whether they are what their manifests say.
 
-    python tools/inspect_data.py tokens/wiki_text_document [...] [--tokenizer-model tokenizer.model] [--verify] [--plot lengths.png]
+    python tools/inspect_data.py tokens/*.idx [--tokenizer-model tokenizer.model] [--verify] [--plot lengths.png]
 
 Exit code 1 if --verify finds a difference, 2 for bad input.
 """
@@ -20,7 +20,7 @@ from megatron_sip.data import DataError  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", nargs="+", metavar="PREFIX", help="path prefixes without .bin/.idx")
+    parser.add_argument("datasets", nargs="+", metavar="PREFIX", help="path prefixes, or their .idx files (so that globs work)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="shows tokens and pairs as text (default: the one in the manifest, if it is there)")
     parser.add_argument("--prefix-length", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")
     parser.add_argument("--suffix-length", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")
@@ -41,7 +41,7 @@ def inspect(options: argparse.Namespace) -> int:
     from megatron_sip.data.tokenizer import Tokenizer
 
     summaries, problems = [], []
-    for prefix in options.datasets:
+    for prefix in (name.removesuffix(".idx") for name in options.datasets):
         summary = summarize(prefix, options.prefix_length + options.suffix_length)
         summaries.append(summary)
         model = options.tokenizer_model or (summary.manifest or {}).get("tokenizer", {}).get("file", "")

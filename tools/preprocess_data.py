@@ -29,8 +29,11 @@ def main() -> int:
         from megatron_sip.data.preprocess import Settings, preprocess
 
         preprocess(Settings(**settings), say=functools.partial(print, flush=True))
-    except (DataError, OSError) as error:
+    except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; when the cause is gone, start the same command again: it goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("stopped; start the same command again to go on", file=sys.stderr)

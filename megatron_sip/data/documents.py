@@ -17,6 +17,7 @@ import orjson
 
 from megatron_sip.data import DataError, without_surrogates
 from megatron_sip.data.corpus import Block
+from megatron_sip.data.dataset_files import subset_name
 
 SIGNALS = "quality_signals"  # of RedPajama-v2: an object, or the same as text
 
@@ -27,7 +28,7 @@ class Document(NamedTuple):
     Attributes:
         line: 1 for the first line (or row) of the block.
         texts: one for each JSON key.
-        subset: value of the metadata key; '' if there is none.
+        subset: value of the metadata key as :func:`subset_name` writes it; '' if that was not asked for.
         record: the whole line.
     """
 
@@ -65,15 +66,15 @@ def read_documents(lines: Sequence[Any], rows: bool, keys: Sequence[str], subset
 
     Args:
         keys: of the texts.
-        subset_key: of the subset's name; dots lead into objects (``meta.redpajama_set_name``).
+        subset_key: of the subset's name; dots lead into objects (``meta.redpajama_set_name``). '' if subsets are of no interest.
     """
-    path = subset_key.split(".")
+    path = subset_key.split(".") if subset_key else []
     for number, line in enumerate(lines, 1):
         try:
             record = line if rows else _parse(line)
             if record is None:
                 continue
-            yield Document(number, tuple([_text(record, key) for key in keys]), str(_lookup(record, path) or ""), record)
+            yield Document(number, tuple([_text(record, key) for key in keys]), subset_name(str(_lookup(record, path) or "")) if path else "", record)
         except BadDocument as error:
             yield Skipped(number, str(error))
 

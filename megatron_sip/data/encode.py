@@ -90,7 +90,7 @@ class Encoded:
         lines: lines (or rows) of the block.
         documents: that were read, kept or not.
         text_bytes: of these, in UTF-8.
-        chunks: (subset, part, key) -> documents.
+        chunks: (subset, part, key) -> documents. What goes to one dataset is one chunk, so that its order is the input's.
         digests: uint64 [documents kept], where duplicates are to be dropped.
         skipped: lines that are no documents.
         dropped: reason -> documents that a filter left out.

@@ -30,7 +30,7 @@ from megatron.core.datasets.indexed_dataset import DType
 import megatron_sip
 from megatron_sip.data import DataError
 from megatron_sip.data.corpus import STDIN, Position, describe_files, find_files, read_blocks
-from megatron_sip.data.dataset_files import Counts, DatasetWriter, difference, finished, publish, subset_name, sync_folder, write_blends, write_json
+from megatron_sip.data.dataset_files import Counts, DatasetWriter, difference, finished, publish, sync_folder, write_blends, write_json
 from megatron_sip.data.documents import SIGNALS, Parts, Signal
 from megatron_sip.data.duplicates import Duplicates
 from megatron_sip.data.encode import Encoded, Recipe, encode_blocks, sentence_splitter
@@ -82,8 +82,7 @@ class Settings:
 
     def name(self, subset: str, part: str, key: str) -> str:
         """A dataset's name: Megatron's, with subset and part in it where these are asked for."""
-        subset = f"_{subset_name(subset)}" if self.split_by_subset else ""
-        return os.path.basename(self.base()) + subset + (f"_{part}" if part else "") + self.ending(key)
+        return os.path.basename(self.base()) + (f"_{subset}" if subset else "") + (f"_{part}" if part else "") + self.ending(key)
 
     def ending(self, key: str) -> str:
         return f"_{key}_{'sentence' if self.split_sentences else 'document'}"
@@ -148,11 +147,14 @@ def preprocess(settings: Settings, say: Callable[[str], None] = print) -> list[s
     done = finished(settings.base(), [partly + settings.ending(key) for key in settings.json_keys], manifest)
     if done is not None:
         say(f"already complete: {', '.join(done)}")
+        if Path(f"{settings.base()}.partial").exists():  # stopped while it cleaned up
+            with _Partial(settings.base(), manifest, say) as partial:
+                partial.remove()
         if settings.split_by_subset and settings.shard is None:  # with the weights of this call
             tokens = {prefix: json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))["counts"]["tokens"] for prefix in done}
             _write_blends(settings, tokens, say)
         return done
-    recipe = Recipe(str(settings.tokenizer_model), "", settings.json_keys, settings.subset_key, settings.append_eod, settings.split_sentences,
+    recipe = Recipe(str(settings.tokenizer_model), "", settings.json_keys, settings.subset_key if settings.split_by_subset else "", settings.append_eod, settings.split_sentences,
                     settings.min_tokens, signals, parts, settings.drop_duplicates, settings.on_error == "stop")
     with _Partial(settings.base(), manifest, say) as partial:
         run = _Run(settings, recipe, files, tokenizer.vocab_size, partial, say)

@@ -157,13 +157,26 @@ def test_subsets_whose_names_become_the_same_are_one_dataset(tmp_path, tokenizer
     assert len(read(prefix)) == 2
 
 
+def test_documents_keep_their_order_whatever_their_subset(tmp_path, tokenizer_model):
+    texts = [f"Document {i}." for i in range(60)]
+    names_ = ["A B", "A-B", "C", None]
+    file = write_lines(tmp_path / "a.jsonl", [{"text": t, "meta": {"redpajama_set_name": names_[i * 7 % 4]}} for i, t in enumerate(texts)])
+    tokenizer = Tokenizer(tokenizer_model)
+    expected = [tokenizer.encode(t) + [tokenizer.eod_id] for t in texts]
+    [prefix] = run(tmp_path / "one", tokenizer_model, file)
+    assert read(prefix) == expected
+    prefixes = run(tmp_path / "many", tokenizer_model, file, split_by_subset=True)
+    together = next(p for p in prefixes if "_A-B_" in p)
+    assert read(together) == [ids for i, ids in enumerate(expected) if i * 7 % 4 in (0, 1)]
+
+
 def test_progress_counts_every_byte_once(tmp_path, tokenizer_model):
     texts = [t[:2000] for t in TEXTS]
     files = [write_lines(tmp_path / f"{i}.jsonl.gz", [{"text": t} for t in texts[: 10 * i]]) for i in (1, 3, 2)]
     said = []
     preprocess(Settings(tuple(map(str, files)), str(tmp_path / "d"), str(tokenizer_model), log_interval=25), say=said.append)
     text = sum(len(t.encode()) for i in (1, 3, 2) for t in texts[: 10 * i])
-    assert re.fullmatch(r"40 documents \| \d+ documents/s \| [\d.]+ MB/s of text \| [\d.]+ M tokens/s \| ETA 0\.0 s", said[0])
+    assert re.fullmatch(r"40 documents \| \d+ documents/s \| [\d.]+ MB/s of text \| [\d.]+ M tokens/s \| ETA 0\.\d s", said[0])
     assert said[-1].startswith("done: 60 documents; ") and f"{text / 1e6:.1f} MB of text" in said[-1] and len(said) == 2
 
 

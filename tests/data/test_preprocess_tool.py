@@ -33,7 +33,7 @@ def endless(tmp_path_factory) -> Path:
     """More text than the tool encodes before the test is over."""
     file = tmp_path_factory.mktemp("corpus") / "a.jsonl"
     texts = standard_library(40)
-    file.write_text("".join(json.dumps({"text": f"{i} {texts[i % 40]}"}) + "\n" for i in [*range(900), *range(300)]))
+    file.write_text("".join(json.dumps({"text": f"{i} {texts[i % 40]}", "source": "xyz"[i % 3]}) + "\n" for i in [*range(900), *range(300)]))
     return file
 
 
@@ -173,13 +173,13 @@ def test_workers_end_with_a_killed_parent(tool, endless):
     until(process.group_is_gone)
 
 
-@pytest.mark.parametrize("filters, most", [((), 20), (("--drop-duplicates", "--min-tokens", "3000", "--split-by-hash", "a=0.5", "b=0.5"), 8)])
+@pytest.mark.parametrize("filters, most", [((), 20), (("--drop-duplicates", "--min-tokens", "3000", "--split-by-hash", "a=0.5", "b=0.5", "--split-by-subset", "--subset-key", "source"), 8)])
 def test_kills_at_random_moments_leave_no_trace(tool, tmp_path, endless, tokenizer_model, filters, most):
     """kill -9 of the whole group again and again, from the first moment to the last renames."""
     assert tool(endless, *filters).wait()[0] == 0
     whole = contents(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    assert len(whole) == (6 if filters else 3)
+    assert len(whole) == (3 * 6 + 4 if filters else 3)
     rng, kills = random.Random(int.from_bytes(os.urandom(4), "little")), 0
     while kills < most:
         process = tool(endless, "--workers", str(rng.randint(1, 3)), "--save-interval", str(rng.choice([0, 0.02, 0.1])), *filters)
