@@ -88,6 +88,10 @@ class TrainSection(Section):
     order: Literal["arrival", "fixed"] = Field("arrival", description="arrival: microbatches train in the order in which they are judged; fixed: in the order of the data (bitwise repeatable).")
     eval_interval: int = Field(500, ge=0, description="Steps between evaluations of the held-out suffix loss; 0 switches it off.")
     eval_pairs: int = Field(512, ge=1, description="Held-out pairs of one evaluation.")
+    bad_step: Literal["stop", "skip"] = Field("stop", description="A loss or gradient that is not finite, or a loss spike: save the last whole step and stop with exit code 86, or skip the step's pairs.")
+    max_bad_steps: int = Field(5, ge=1, description="Skipped steps in a row after which the run stops all the same.")
+    loss_spike_factor: float = Field(0.0, ge=0, description="A loss above this many times the median of the last 50 steps is a bad step; 0 looks at finiteness only.")
+    stop_patience: float = Field(60.0, ge=0, description="Seconds that a signal to stop waits for answers that the step still lacks; then the step is given up, and what was judged is kept for the resume.")
     exit_after: int | None = Field(None, ge=1, description="Save and leave with exit code 85 after this step, as if SIGTERM had come.")
 
 
@@ -168,6 +172,11 @@ class ObjectiveSection(Section):
 class CheckpointSection(Section):
     interval: int = Field(500, ge=0, description="Steps between checkpoints; 0 saves only at the end and on a signal.")
     keep: int = Field(2, ge=1, description="Newest checkpoints that stay.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of every so many steps stay for good; 0: none.")
+    async_save: bool = Field(True, description="Train on while a checkpoint is written; false waits for it.")
+    timeout_minutes: float = Field(30.0, gt=0, description="Deadline of writing a checkpoint.")
+    verify: bool = Field(True, description="Compare the contents of all files with their checksums before a resume; false looks at their sizes only.")
+    on_damaged: Literal["previous", "stop"] = Field("previous", description="A damaged newest checkpoint is put aside and the one before is taken, or the run stops.")
     allow_config_change: bool = Field(False, description="Resume although settings that shape the run differ from the checkpoint's.")
     allow_layout_change: bool = Field(False, description="Resume with another tensor, pipeline or data parallel size.")
 
@@ -180,8 +189,15 @@ class LogSection(Section):
 
 
 class DebugSection(Section):
-    save_pools: Path | None = Field(None, description="Record every outcome here, as JSON lines; each data parallel rank writes FILE.dpR.")
-    load_pools: Path | None = Field(None, description="Train on recorded outcomes: no rollouts and no teacher.")
+    save_pools: Path | None = Field(None, description="Record every outcome here, as JSON lines; each data parallel rank writes FILE.dpR. As a flag: --save-pools FILE.")
+    load_pools: Path | None = Field(None, description="Train on recorded outcomes: no rollouts and no teacher. As a flag: --load-pools FILE.")
+    train_only: bool = Field(False, description="Train on what the run folder holds of judged pools (RUN/bank) and ask nobody; stops where it ends. As a flag: --train-only.")
+    generate_only: bool = Field(False, description="Write, rewrite and judge pools into the run folder and into save_pools, and train nothing. As a flag: --generate-only.")
+
+    @property
+    def replaying(self) -> bool:
+        """Pools come from a file: nobody is asked, and rollouts may be of any weights."""
+        return self.load_pools is not None or self.train_only
 
 
 class RunConfig(Section):
@@ -210,12 +226,12 @@ class RunConfig(Section):
     def asks_judge(self) -> bool:
         """True if some step of this run asks the judge."""
         more_than_one = self.pool.original + self.pool.rewrite + self.pool.rollouts > 1
-        return more_than_one and self.pool.selection == "judge" and self.debug.load_pools is None
+        return more_than_one and self.pool.selection == "judge" and not self.debug.replaying
 
     @property
     def asks_teacher(self) -> bool:
         """True if some step of this run needs the teacher, as judge or as rewriter."""
-        return self.asks_judge or (self.pool.rewrite and self.debug.load_pools is None)
+        return self.asks_judge or (self.pool.rewrite and not self.debug.replaying)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -247,6 +263,10 @@ class RunConfig(Section):
             problems.append(f"optimizer.min_lr={self.optimizer.min_lr} > optimizer.lr={self.optimizer.lr}")
         if self.debug.save_pools and self.debug.load_pools:
             problems.append("debug.save_pools and debug.load_pools exclude each other; unset one")
+        if self.debug.generate_only and self.debug.replaying:
+            problems.append("debug.generate_only makes pools, debug.load_pools and debug.train_only take finished ones; unset one")
+        if self.debug.load_pools and self.debug.train_only:
+            problems.append("debug.train_only takes pools from the run folder, debug.load_pools from a file; unset one")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -286,7 +306,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
             problems.append("parallel.sequence_parallel needs tensor_model_parallel_size > 1")
         divides("data.prefix_length + data.suffix_length", config.seq_length, "tensor_model_parallel_size", tp,
                 "sequence parallel splits the sequence evenly: change the lengths")
-    if config.pool.rollouts and config.rollout.engine == "in_process" and tp * pp > 1 and config.debug.load_pools is None:
+    if config.pool.rollouts and config.rollout.engine == "in_process" and tp * pp > 1 and not config.debug.replaying:
         problems.append(f"rollout.engine=in_process samples within one process, but tensor x pipeline parallel size = {tp} x {pp} = {tp * pp}; "
                         "set rollout.engine=vllm")
     if problems:

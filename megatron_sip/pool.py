@@ -63,6 +63,12 @@ class Pool:
     candidates: tuple[Candidate, ...]
     original_text: str
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Pool:
+        """The pool whose ``dataclasses.asdict`` was written as JSON; KeyError or TypeError where a field is missing or unknown."""
+        return cls(**{**data, "pair": PairId(**data["pair"]), "prefix_ids": tuple(data["prefix_ids"]),
+                      "candidates": tuple(map(_candidate, data["candidates"]))})
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -91,6 +97,12 @@ class Scores:
 
     criteria: tuple[Criterion, ...]
     detail: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Scores:
+        """As :meth:`Pool.from_json`."""
+        criteria = ({**c, "values": tuple(c["values"]), "answered": tuple(c["answered"])} for c in data["criteria"])
+        return cls(tuple(Criterion(**c) for c in criteria), data["detail"])
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
 """Entry point: ``torchrun -m megatron_sip.train --config configs/scratch_1b.yaml [section.key=value ...]``.
 
 In: a configuration. Out: a run folder, and an exit code: 0 done, 85 saved but more to do, 86 saved but a server was
-lost, 2 bad configuration or data, 1 anything else.
+lost or a step was bad, 87 hung, 2 bad configuration or data, 1 anything else. SIGUSR2 prints what every thread is doing.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import json
 import os
+import signal
 import sys
+import traceback
 
 from megatron_sip.config import ConfigError, RunConfig, describe, dump_config, load_config
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,16 +26,26 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Settings, to be given in the file or as section.key=value (values are YAML):\n\n" + describe().replace("%", "%%"))
     parser.add_argument("--config", help="YAML file; see configs/")
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration after overrides, then leave")
+    parser.add_argument("--save-pools", metavar="FILE", help="debug.save_pools: record every outcome")
+    parser.add_argument("--load-pools", metavar="FILE", help="debug.load_pools: train on recorded outcomes")
+    parser.add_argument("--train-only", action="store_true", help="debug.train_only: train on the pools that the run folder holds, ask nobody")
+    parser.add_argument("--generate-only", action="store_true", help="debug.generate_only: make pools, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_config(options.config, [*options.overrides, *_switches(options)])
         if options.print_config:
             print(dump_config(config), end="")
             return 0
         return _run(config)
     except ConfigError as error:
         return _refuse(error)
+
+
+def _switches(options: argparse.Namespace) -> list[str]:
+    """Debugging flags as overrides."""
+    files = [f"debug.{name}={json.dumps(value)}" for name in ("save_pools", "load_pools") if (value := getattr(options, name)) is not None]
+    return files + [f"debug.{name}=true" for name in ("train_only", "generate_only") if getattr(options, name)]
 
 
 def _run(config: RunConfig) -> int:
@@ -44,7 +57,7 @@ def _run(config: RunConfig) -> int:
     from megatron_sip.rollout.engine import RolloutError
     from megatron_sip.servers import ServerError
     from megatron_sip.teacher import TeacherError
-    from megatron_sip.training.checkpoint import CheckpointError
+    from megatron_sip.training.checkpoint_files import CheckpointError
     from megatron_sip.training.loop import Trainer
 
     trainer = None
@@ -57,6 +70,12 @@ def _run(config: RunConfig) -> int:
         return _refuse(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        doing = trainer.watch.doing if trainer is not None else "start"
+        print(f"error: rank {os.environ.get('RANK', '0')}, {doing}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        traceback.print_exception(error)
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        return EXIT_FAILED
     finally:
         if trainer is not None:
             trainer.close()
@@ -70,4 +89,5 @@ def _refuse(error: Exception) -> int:
 
 if __name__ == "__main__":
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     sys.exit(main())

@@ -5,6 +5,7 @@
     python tools/bench.py preprocess-memory --input TEXT.jsonl --tokenizer-model tokenizer.model
     python tools/bench.py long-document --input TEXT.jsonl --tokenizer-model tokenizer.model
     python tools/bench.py pairs [--pairs 100000000]
+    python tools/bench.py save --config CONFIG.yaml [section.key=value ...]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
 """
@@ -50,6 +51,12 @@ def main() -> int:
     found = commands.add_parser("pairs", parents=[common], help="time and memory to open a dataset of many pairs, and to read one")
     found.add_argument("--pairs", type=int, default=100_000_000)
     found.add_argument("--pairs-a-document", type=int, default=4)
+    found = commands.add_parser("save", parents=[common], help="what a checkpoint costs the training: written beside it against waited for")
+    found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run that needs no teacher, e.g. configs/tiny_cpu_ntp.yaml")
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--steps", type=int, default=12)
+    found.add_argument("--interval", type=int, default=4, help="steps between checkpoints")
+    found.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         numbers = COMMANDS[options.command](options, Path(scratch))
@@ -232,6 +239,25 @@ print(json.dumps({"pairs": train.datasets[0].pairs_per_epoch, "open_seconds": se
 """
 
 
+def save(options: argparse.Namespace, scratch: Path) -> dict:
+    """Seconds that training waits for a checkpoint, over all but the last one, which every run waits for."""
+    stalls: dict[str, list[float]] = {"beside": [], "waited for": []}
+    for number in range(options.rounds):
+        for mode, setting in (("beside", "true"), ("waited for", "false")):
+            run = scratch / f"{number}-{setting}"
+            timed([sys.executable, "-m", "megatron_sip.train", "--config", options.config, *options.overrides, f"run.dir={run}", "log.wandb=disabled",
+                   f"train.train_iters={options.steps}", f"checkpoint.interval={options.interval}", f"checkpoint.async_save={setting}"])
+            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            saves = (options.steps - 1) // options.interval
+            stalls[mode].append(sum(record["time/save"] for record in records) / saves)
+            megabytes = sum(file.stat().st_size for file in next(iter((run / "checkpoints").glob("iter_*"))).iterdir()) / 1e6
+    for mode, seconds in stalls.items():
+        print(f"{mode:>10}: {statistics.median(seconds):6.2f} s a checkpoint of {megabytes:.0f} MB ({min(seconds):.2f} - {max(seconds):.2f})")
+    ratio = statistics.median(stalls["waited for"]) / statistics.median(stalls["beside"])
+    print(f"ratio: {ratio:.1f}")
+    return {"seconds": stalls, "megabytes": megabytes, "ratio": ratio}
+
+
 def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = None) -> float:
     """Wall seconds of a command; ``watch`` collects the memory of its processes, in bytes, while it runs."""
     import psutil
@@ -254,7 +280,7 @@ def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = 
     return time.perf_counter() - started
 
 
-COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs}
+COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs, "save": save}
 
 
 if __name__ == "__main__":

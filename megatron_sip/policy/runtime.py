@@ -10,6 +10,7 @@ on a CPU, each with its reason; none is applied where CUDA is present.
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import random
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core import utils as megatron_utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
@@ -180,6 +182,17 @@ def transformer_switches() -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
     }
+
+
+# --------------------------------------------------------------------------- checkpoint writers
+
+
+def use_forked_results_queue() -> None:
+    """Give the next save a queue of its own, through which its forked writer reports.
+
+    Megatron's is served by a Manager, a process that takes seconds to start and that a signal to the process group ends.
+    """
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
 
 
 # --------------------------------------------------------------------------- patches, applied on a CPU only

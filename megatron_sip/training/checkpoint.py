@@ -1,27 +1,29 @@
-"""Checkpoints of a run, on Megatron's ``dist_checkpointing``.
+"""Checkpoints of a run, on Megatron's ``dist_checkpointing``: saved beside the training, verified before they are loaded.
 
-    RUN/checkpoints/iter_0000100/     torch_dist files (model, reference, optimizer), meta.json, run.yaml
-    RUN/checkpoints/latest_checkpointed_iteration.txt
+In: policy, optimizer, scheduler and a :class:`Progress`. Out: the same, restored. Folders and names: ``checkpoint_files``.
 
-In: policy, optimizer, scheduler and a :class:`Progress`. Out: the same, restored.
+A save has three parts. :meth:`Saver.begin` plans it on all ranks and forks a writer process on each, which keeps the memory as it
+was; training goes on. The writer writes and hashes its files. When the writers of all ranks have ended, :meth:`Saver.finish` gives the
+checkpoint its name. Any failure leaves the checkpoint before in place and is told on every rank.
 
-Rules:
-- A checkpoint is written to ``.iter_….tmp`` and renamed when every rank has finished, so a visible one is whole.
-- ``latest`` is replaced after the rename; if it is missing or behind, the newest visible checkpoint counts.
-- Old checkpoints are removed only after the new one is visible.
-- No random state is stored: every random choice of a run is a function of (seed, step, pair).
+No random state is stored: every random choice of a run is a function of (seed, step, pair).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
+import multiprocessing
 import os
-import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,14 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sip.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_sip.policy.model import Policy, make_reference, reference_sharded_state_dict
 from megatron_sip.policy.optimizer import load_optimizer_state, optimizer_sharded_state
-from megatron_sip.policy.runtime import Runtime
+from megatron_sip.policy.runtime import Runtime, use_forked_results_queue
+from megatron_sip.training import checkpoint_files as files
+from megatron_sip.training.checkpoint_files import CheckpointError
 
-_LATEST = "latest_checkpointed_iteration.txt"
 # Settings that may differ between a checkpoint and the run that resumes it: they change where things are or how fast, not what is trained.
 _FREE = (
     "run.dir", "run.name", "parallel.", "train.exit_after", "train.eval_interval", "train.eval_pairs", "train.order",
-    "train.micro_batch_size", "model.init_from", "rollout.engine", "rollout.batch_size", "rollout.urls", "rollout.num_servers",
+    "train.micro_batch_size", "train.bad_step", "train.max_bad_steps", "train.loss_spike_factor", "train.stop_patience", "model.init_from", "rollout.engine", "rollout.batch_size", "rollout.urls", "rollout.num_servers",
     "rollout.api_key_file", "rollout.sync_dir", "rollout.ready_timeout", "rollout.request_timeout", "rollout.logprob_tolerance",
     "teacher.urls", "teacher.num_servers", "teacher.port", "teacher.api_key_file", "teacher.max_model_len", "teacher.tensor_parallel_size",
     "teacher.extra_args", "teacher.concurrency", "teacher.request_timeout", "teacher.retries", "teacher.ready_timeout",
@@ -49,36 +52,51 @@ _FREE = (
 )
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the folder and the remedy."""
-
-
 @dataclass
 class Progress:
-    """Where a run stands. ``consumed_pairs`` is the data cursor: pairs of the endless order whose step is done."""
+    """Where a run stands after its last whole step.
+
+    Attributes:
+        consumed_pairs: the data cursor: pairs of the endless order that were trained (or skipped with a bad step).
+        recent_losses: of the last steps, for the guard against spikes.
+        bad_steps: how many of the last steps in a row were skipped.
+    """
 
     step: int = 0
     consumed_pairs: int = 0
     wall: float = 0.0
     wandb_id: str | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    bad_steps: int = 0
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    found = sorted((run_dir / "checkpoints").glob("iter_*"))
-    return found[-1] if found else None
+def find_whole(config: RunConfig, runtime: Runtime, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what was written; all ranks call it and share the reading.
 
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """``meta.json`` of a checkpoint.
+    A damaged one is put aside and the one before is taken, or the run stops (``checkpoint.on_damaged``).
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: damaged, and the setting says stop or none is left.
     """
-    try:
-        return json.loads((checkpoint / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} is not a whole checkpoint: meta.json: {error}; remove the folder to resume from the one before") from None
+    if runtime.rank == 0:
+        files.mend_latest(config.run.dir)
+    told: list[Any] = [files.checkpoints(config.run.dir) if runtime.rank == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    for candidate in told[0]:
+        found: list[str | None] = [None] * runtime.world_size
+        dist.all_gather_object(found, files.damage(candidate, checksums=config.checkpoint.verify, share=(runtime.rank, runtime.world_size)))
+        problem = next((text for text in found if text), None)
+        if problem is None:
+            return candidate
+        if config.checkpoint.on_damaged == "stop":
+            raise CheckpointError(f"{problem}; remove that folder, or set checkpoint.on_damaged=previous, to resume from the checkpoint before")
+        dist.barrier()  # nobody reads it any more
+        if runtime.rank == 0:
+            say(f"WARNING: {problem}. It is now {files.put_aside(candidate)}; looking for the checkpoint before")
+        dist.barrier()
+    if told[0]:
+        raise CheckpointError(f"no whole checkpoint is left in {config.run.dir / 'checkpoints'}; bring one back, or start anew with another run.dir")
+    return None
 
 
 def check_resume(checkpoint: Path, config: RunConfig, runtime: Runtime, tokenizer_fingerprint: str) -> None:
@@ -87,7 +105,7 @@ def check_resume(checkpoint: Path, config: RunConfig, runtime: Runtime, tokenize
     Raises:
         ConfigError: settings, layout or tokenizer differ; each difference is named.
     """
-    meta = read_meta(checkpoint)
+    meta = files.read_meta(checkpoint)
     if meta["tokenizer_fingerprint"] != tokenizer_fingerprint:
         raise ConfigError(f"{checkpoint} was trained with another tokenizer than {config.data.tokenizer_model}; point data.tokenizer_model at that one")
     layout = _layout(config, runtime)
@@ -110,27 +128,131 @@ def config_differences(saved: RunConfig, now: RunConfig) -> list[str]:
             if before.get(key) != after.get(key) and not key.startswith(_FREE)]
 
 
-def save(config: RunConfig, runtime: Runtime, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-         progress: Progress, vocab_size: int, tokenizer_fingerprint: str) -> Path:
-    """Write a checkpoint; all ranks call it. The one before stays untouched when it fails.
+def fingerprint(config: RunConfig) -> str:
+    """Of all settings that shape the training: 16 hexadecimal digits."""
+    shaping = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not key.startswith(_FREE)}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    Raises:
-        CheckpointError: on every rank, when any rank could not write (disk full, no permission).
-    """
-    folder = config.run.dir / "checkpoints"
-    final, aside = folder / f"iter_{progress.step:07d}", folder / f".iter_{progress.step:07d}.tmp"
-    if final.exists():
-        return final
-    state = _sharded_state(policy, optimizer, scheduler, loading=False)
-    parallel = config.parallel
-    shares = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * (runtime.dp_size if parallel.use_distributed_optimizer else 1)
-    _together(runtime, lambda: _prepare(folder, aside, _bytes(state) * shares), f"checkpoint of step {progress.step}", only_rank=0)
-    with _signals_held():
-        _together(runtime, lambda: dist_checkpointing.save(state, str(aside), ("torch_dist", 1)), f"checkpoint of step {progress.step}")
-    meta = {**asdict(progress), "vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer_fingerprint,
-            "layout": _layout(config, runtime), "has_reference": policy.reference is not None}
-    _together(runtime, lambda: _publish(config, aside, final, meta), f"checkpoint of step {progress.step}", only_rank=0)
-    return final
+
+class Saver:
+    """Writes checkpoints of a run; every method is called by all ranks at the same step."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+                 vocab_size: int, tokenizer_fingerprint: str) -> None:
+        self._config, self._runtime, self._policy, self._optimizer, self._scheduler = config, runtime, policy, optimizer, scheduler
+        self._identity = {"vocab_size": vocab_size, "tokenizer_fingerprint": tokenizer_fingerprint}
+        self._pending: _Pending | None = None
+
+    @property
+    def pending(self) -> bool:
+        """A save has begun and is not finished."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """This rank's writer is at work, within its deadline."""
+        pending = self._pending
+        return pending is not None and pending.writer is not None and pending.writer.is_alive() and time.monotonic() < pending.deadline
+
+    def begin(self, progress: Progress) -> None:
+        """Plan a save of the state as it is now and start writing it.
+
+        Raises:
+            CheckpointError: on every rank, when any rank cannot (disk full, no permission). The checkpoint before stays.
+        """
+        config, runtime = self._config, self._runtime
+        final, what = files.folder_of(config.run.dir, progress.step), f"checkpoint of step {progress.step}"
+        state = _sharded_state(self._policy, self._optimizer, self._scheduler, loading=False)
+        parallel = config.parallel
+        shares = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * (runtime.dp_size if parallel.use_distributed_optimizer else 1)
+        aside = _together(runtime, lambda: files.prepare(final, _bytes(state) * shares), what, only_rank=0)
+        meta = {**asdict(progress), **self._identity, "layout": _layout(config, runtime), "has_reference": self._policy.reference is not None}
+        pending = _Pending(final, aside, meta, time.monotonic() + 60 * config.checkpoint.timeout_minutes)
+
+        def start() -> None:
+            use_forked_results_queue()
+            pending.request = dist_checkpointing.save(state, str(aside), ("torch_dist", 1), async_sharded_save=True)
+            if pending.request.async_fn is None:
+                return  # this rank has nothing that another one does not write
+            arguments = list(pending.request.async_fn_args)
+            if pending.request.preload_fn is not None:
+                arguments[1] = pending.request.preload_fn()  # off the GPU, which a forked process cannot use
+            work = functools.partial(pending.request.async_fn, *arguments, **pending.request.async_fn_kwargs)
+            pending.writer = multiprocessing.get_context("fork").Process(target=_write, args=(work, aside, runtime.rank))
+            pending.writer.start()
+
+        with _signals_held():
+            _together(runtime, start, what)
+        self._pending = pending
+
+    def finish(self) -> Path:
+        """Wait for the writers and publish what they wrote.
+
+        Raises:
+            CheckpointError: on every rank, when any writer failed or did not end within ``checkpoint.timeout_minutes``.
+        """
+        pending, self._pending = self._pending, None
+        what = f"checkpoint of step {pending.meta['step']}"
+
+        def finalize() -> None:
+            problem = pending.join(self._config.checkpoint.timeout_minutes)
+            for function in pending.request.finalize_fns:  # collective; raises on all ranks when a writer reported an error
+                function()
+            if problem:
+                raise OSError(problem)
+
+        _together(self._runtime, finalize, what)
+
+        def publish() -> None:
+            files.publish(pending.aside, pending.final, pending.meta, dump_config(self._config))
+            files.prune(self._config.run.dir, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
+
+        _together(self._runtime, publish, what, only_rank=0)
+        return pending.final
+
+    def close(self) -> None:
+        """End a writer that nobody waits for."""
+        if self._pending is not None:
+            self._pending.kill()
+            self._pending = None
+
+
+@dataclass
+class _Pending:
+    """A save under way on this rank."""
+
+    final: Path
+    aside: Path
+    meta: dict[str, Any]
+    deadline: float
+    request: Any = None
+    writer: BaseProcess | None = None
+
+    def join(self, minutes: float) -> str | None:
+        """Wait for the writer; what went wrong with it."""
+        if self.writer is None:
+            return None
+        self.writer.join(max(0.0, self.deadline - time.monotonic()))
+        if self.writer.is_alive():
+            self.kill()
+            return f"its writer did not end within checkpoint.timeout_minutes={minutes:g}"
+        return None if self.writer.exitcode == 0 else f"its writer ended with exit code {self.writer.exitcode}"
+
+    def kill(self) -> None:
+        if self.writer is not None and self.writer.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.writer.pid, signal.SIGKILL)  # its own children too
+            self.writer.join(10)
+
+
+def _write(work: Callable[[], None], aside: Path, rank: int) -> None:
+    """The writer process: a copy of the rank's memory as it was when it was forked."""
+    os.setsid()
+    work()  # reports its own errors to the trainer
+    try:
+        files.write_checksums(aside, f"__{rank}_*", rank)
+    except OSError as error:
+        sys.exit(f"rank {rank}: checksums of {aside}: {error}")
 
 
 def load(checkpoint: Path, config: RunConfig, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Progress:
@@ -139,7 +261,7 @@ def load(checkpoint: Path, config: RunConfig, policy: Policy, optimizer: Megatro
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    meta = read_meta(checkpoint)
+    meta = files.read_meta(checkpoint)
     if meta["has_reference"]:
         make_reference(policy, config)
     try:
@@ -151,7 +273,7 @@ def load(checkpoint: Path, config: RunConfig, policy: Policy, optimizer: Megatro
         policy.reference.load_state_dict(state["reference"])
     load_optimizer_state(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    return Progress(meta["step"], meta["consumed_pairs"], meta["wall"], meta["wandb_id"])
+    return Progress(**{name: meta[name] for name in Progress.__dataclass_fields__})
 
 
 def _sharded_state(policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool) -> dict[str, Any]:
@@ -160,34 +282,6 @@ def _sharded_state(policy: Policy, optimizer: MegatronOptimizer, scheduler: Opti
     if policy.reference is not None:
         state["reference"] = reference_sharded_state_dict(policy)
     return state
-
-
-def _prepare(folder: Path, aside: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".iter_*.tmp"):
-        shutil.rmtree(left_over)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free in {folder}; make room or lower checkpoint.keep")
-    aside.mkdir()
-
-
-def _publish(config: RunConfig, aside: Path, final: Path, meta: dict[str, Any]) -> None:
-    _write(aside / "run.yaml", dump_config(config))
-    _write(aside / "meta.json", json.dumps(meta, indent=1))
-    for file in aside.iterdir():
-        _fsync(file)
-    _fsync(aside)
-    os.rename(aside, final)
-    _fsync(final.parent)
-    latest = final.parent / _LATEST
-    _write(latest.with_suffix(".tmp"), str(meta["step"]))
-    os.replace(latest.with_suffix(".tmp"), latest)
-    for old in sorted(final.parent.glob("iter_*"))[: -config.checkpoint.keep]:
-        # Renamed first: a removal that is cut short must not look like a checkpoint.
-        doomed = old.with_name(f".{old.name}.tmp")
-        os.rename(old, doomed)
-        shutil.rmtree(doomed)
 
 
 @contextlib.contextmanager
@@ -208,19 +302,20 @@ def _last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
-def _together(runtime: Runtime, action: Callable[[], object], what: str, only_rank: int | None = None) -> None:
-    """Run on all ranks (or one) and fail on all if it failed on any."""
-    problem = None
+def _together(runtime: Runtime, action: Callable[[], Any], what: str, only_rank: int | None = None) -> Any:
+    """Run on all ranks (or one) and fail on all if it failed on any. Returns what ``only_rank`` (else rank 0) got, on every rank."""
+    result, problem = None, None
     if only_rank is None or runtime.rank == only_rank:
         try:
-            action()
+            result = action()
         except (Exception, CheckpointException) as error:
             problem = f"rank {runtime.rank}: {_last_line(error)}"
-    problems: list[str | None] = [None] * runtime.world_size
-    dist.all_gather_object(problems, problem)
-    problems = [p for p in problems if p]
+    told: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(told, (problem, result if only_rank is not None else None))
+    problems = [text for text, _ in told if text]
     if problems:
         raise CheckpointError(f"{what} was not written; the one before stays. {problems[0]}")
+    return told[only_rank or 0][1]
 
 
 def _bytes(state: Any) -> int:
@@ -248,18 +343,3 @@ def _flatten(tree: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {at: tree}
     return {key: value for name, child in tree.items() for key, value in _flatten(child, f"{at}.{name}" if at else name).items()}
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

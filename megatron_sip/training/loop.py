@@ -3,53 +3,52 @@
     data.pairs          next pairs of the step (the cursor is one integer)
     training.services   starts servers, gives the lead ranks tokenizer, rollout engine and teacher
     training.stream     pairs -> judged outcomes, in the order in which they are judged
-    training.exchange   the lead's microbatches on every rank of its model replica
-    policy              Megatron's forward/backward schedule over policy and reference
-    objective.blend     the loss that the schedule calls on the last stage
-    training.checkpoint save, resume
-    training.metrics    console, metrics.jsonl, wandb, audit.jsonl
+    training.bank       what was judged, on disk, until it is trained and saved
+    training.schedule   microbatches through Megatron's forward/backward schedule; the loss is objective.blend
+    training.guard      is the step fit to change the weights?
+    training.checkpoint save beside the training, verify, resume
+    training.records    metrics.jsonl, wandb, audit.jsonl, the ledger of trained pairs
+    training.watch      what a rank is doing, and the end of it when it hangs
 
-A step either happens on every rank or on none: before the optimizer touches anything, all ranks agree whether one of
-them had to give up (teacher lost, rollouts of other weights, a loss that is not finite). Then the run saves the state
-after the last whole step and leaves with an exit code of its own.
+A step either happens on every rank or on none: before the optimizer touches anything, all ranks exchange what they saw of it. When one
+had to give up (teacher lost, rollouts of other weights, numbers that are not finite), the run saves the state after the last whole step
+and leaves with an exit code of its own.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 import signal
 import time
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sip.config import ConfigError, RunConfig, check_layout, dump_config
-from megatron_sip.data.pairs import Pair, Pairs, build_pairs
-from megatron_sip.objective.blend import blend_loss
+from megatron_sip.config import RunConfig
+from megatron_sip.data.pairs import Pair, build_pairs
 from megatron_sip.policy import runtime as policy_runtime
 from megatron_sip.policy.model import build_policy, make_reference, wrap_ddp
 from megatron_sip.policy.optimizer import build_optimizer
 from megatron_sip.policy.weights import load_init
-from megatron_sip.pool import ORIGINAL, Candidate, Preference
 from megatron_sip.training import checkpoint as checkpoints
-from megatron_sip.training.bank import Recorder, Replay
-from megatron_sip.training.checkpoint import CheckpointError, Progress
-from megatron_sip.training.exchange import Exchange
-from megatron_sip.training.jsonl import JsonLines
-from megatron_sip.training.metrics import MetricsWriter, audit_record, means, merge_sums, pool_sums, say
-from megatron_sip.training.microbatch import Microbatch, collate
+from megatron_sip.training import checkpoint_files, guard
+from megatron_sip.training.bank import Bank, Replay
+from megatron_sip.training.checkpoint import Progress, Saver
+from megatron_sip.training.checkpoint_files import CheckpointError
+from megatron_sip.training.guard import StepReport, Verdict
+from megatron_sip.training.metrics import merge_sums, say
 from megatron_sip.training.plan import StepPlan, plan_step
+from megatron_sip.training.records import Records
+from megatron_sip.training.schedule import Schedule, heldout_pairs
 from megatron_sip.training.services import RunServices
-from megatron_sip.training.stream import Judged, StepStream
+from megatron_sip.training.stream import Judged, Stopped, StepStream
+from megatron_sip.training.watch import Watch
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 EXIT_MORE = 85  # saved, more to do: a signal or train.exit_after
-EXIT_LOST = 86  # saved, but teacher or rollout servers were lost: restart them, then resume
+EXIT_LOST = 86  # saved, but a server was lost or a step was bad: remove the cause, then resume
+_MARGIN = 0.8  # share of the ranks' deadline that a lead may wait for answers in one step
 
 
 class Trainer:
@@ -57,34 +56,41 @@ class Trainer:
 
     def __init__(self, config: RunConfig, runtime: policy_runtime.Runtime, tokenizer: Any) -> None:
         self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
-        self.stop_signal = 0
+        self.stop_signal, self._signalled = 0, 0.0
         self.progress = Progress()
         self.services = RunServices(config, runtime, tokenizer)
-        self.writer: MetricsWriter | None = None
-        self.audit: JsonLines | None = None
-        self.recorder: Recorder | None = None
+        self.watch = Watch(f"rank {runtime.rank}")
+        self.saver: Saver | None = None
+        self.records: Records | None = None
+        self.bank: Bank | None = None
         self.replay: Replay | None = None
+        self._writing = False  # some rank's checkpoint writer is at work
 
     # -- life of a run ------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        found = checkpoints.newest(self.config.run.dir)
+        """Train until the last step, a signal or a failure; returns the exit code."""
+        with self.watch.during("looking for a checkpoint", self._patience(60)):
+            found = checkpoints.find_whole(self.config, self.runtime, self._say)
         if found is not None:
             checkpoints.check_resume(found, self.config, self.runtime, self.tokenizer.fingerprint)
-            if checkpoints.read_meta(found)["step"] >= self.config.train.train_iters:
+            if checkpoint_files.step_of(found) >= self.config.train.train_iters:
                 self._say(f"nothing to do: {found} is the last step of the run")
                 return EXIT_DONE
-        self._build()
-        self.services.start(self.policy)  # servers come up while data and checkpoint are read
-        self._open_data()
-        if found is not None:
-            self.progress = checkpoints.load(found, self.config, self.policy, self.optimizer, self.scheduler)
-            self._say(f"resumed from {found} after step {self.progress.step}, {self.progress.consumed_pairs} pairs")
-        self._open_outputs()
-        self.services.wait_ready()
+        with self.watch.during("building model and optimizer", self._patience(30)):
+            self._build()
+            self.services.start(self.policy)  # servers come up while data and checkpoint are read
+        with self.watch.during("opening data and records, loading the checkpoint", self._patience(60)):
+            self._open_data()
+            if found is not None:
+                self.progress = checkpoints.load(found, self.config, self.policy, self.optimizer, self.scheduler)
+                self._say(f"resumed from {found} after step {self.progress.step}, {self.progress.consumed_pairs} pairs")
+            self._open_outputs()
+        with self.watch.during("waiting for servers", self._patience() + self.config.teacher.ready_timeout + self.config.rollout.ready_timeout):
+            self.services.wait_ready()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        return self._steps()
+        return self._generate() if self.config.debug.generate_only else self._steps()
 
     def _steps(self) -> int:
         train = self.config.train
@@ -92,12 +98,11 @@ class Trainer:
             failure = self._step(self.progress.step + 1)
             stop = bool(self.stop_signal) or failure is not None or self.progress.step == train.exit_after
             done = self.progress.step == train.train_iters
-            interval = self.config.checkpoint.interval
-            if self.progress.step and (stop or done or (interval and self.progress.step % interval == 0)):
+            with self.watch.during(f"saving step {self.progress.step}", self._patience() + 60 * self.config.checkpoint.timeout_minutes):
                 saved = self._save(last=stop or done)
-                if not saved and (stop or done):
-                    return EXIT_FAILED
-            if failure is not None:
+            if not saved and (stop or done):
+                return EXIT_FAILED
+            if failure is not None and not self.stop_signal:
                 self._say(f"stopped in step {self.progress.step + 1}, which was thrown away: {failure}\n"
                           f"Everything up to step {self.progress.step} is saved; start the same command again to go on.")
                 return EXIT_LOST
@@ -105,13 +110,16 @@ class Trainer:
                 return EXIT_DONE
             if stop:
                 why = signal.Signals(self.stop_signal).name if self.stop_signal else "train.exit_after"
-                self._say(f"{why}: saved after step {self.progress.step} of {train.train_iters}; start the same command again to go on")
+                more = f" (step {self.progress.step + 1} was given up: {failure})" if failure else ""
+                self._say(f"{why}: saved after step {self.progress.step} of {train.train_iters}{more}; start the same command again to go on")
                 return EXIT_MORE
         return EXIT_DONE
 
     def close(self) -> None:
+        """Stop everything that was started. May be called twice."""
+        self.watch.close()
         self.services.close()
-        for part in (self.writer, self.audit, self.recorder):
+        for part in (self.saver, self.records, self.bank):
             if part is not None:
                 part.close()
 
@@ -124,8 +132,8 @@ class Trainer:
             load_init(self.policy, config, config.model.init_from)
         self.model = wrap_ddp(self.policy, config)
         self.optimizer, self.scheduler = build_optimizer(config, self.model)
-        self.policy.config.grad_scale_func = self.optimizer.scale_loss
-        self.policy.config.finalize_model_grads_func = self._finalize
+        self.schedule = Schedule(config, self.runtime, self.policy, self.model, self.optimizer)
+        self.saver = Saver(config, self.runtime, self.policy, self.optimizer, self.scheduler, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
         parameters = torch.tensor(sum(p.numel() for p in self.policy.parameters()), dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(parameters)
         self._say(f"policy: {int(parameters) // self.runtime.dp_size / 1e6:.1f} M parameters on {self.runtime.world_size} ranks "
@@ -134,24 +142,22 @@ class Trainer:
     def _open_data(self) -> None:
         config = self.config
         self.train_pairs, self.valid_pairs = build_pairs(
-            config.data, config.run.seed, config.train.train_iters * config.train.global_batch_size, self._eval_pairs(),
+            config.data, config.run.seed, config.train.train_iters * config.train.global_batch_size, heldout_pairs(config, self.runtime.dp_size),
             self.tokenizer.fingerprint)
         for dataset in self.train_pairs.datasets:
             self._say(dataset.describe())
-        peers = self.runtime.world_size // self.runtime.dp_size - 1
-        self.exchange = Exchange(self.runtime.store, self.runtime.dp_rank, peers, self.runtime.is_lead, self.runtime.timeout, f"rank {self.runtime.rank}")
 
     def _open_outputs(self) -> None:
-        config, step = self.config, self.progress.step
-        if config.debug.load_pools is not None and self.runtime.is_lead:
-            self.replay = Replay(config.debug.load_pools)
-        if config.debug.save_pools is not None and self.runtime.is_lead:
-            self.recorder = Recorder(config.debug.save_pools, self.runtime.dp_rank, step)
-        if self.runtime.rank == 0:
-            self.writer = MetricsWriter(config, step, self.progress.wall, self.progress.wandb_id)
-            self.progress.wandb_id = self.writer.run_id
-            self.audit = JsonLines(config.run.dir / "audit.jsonl", step)
-            (config.run.dir / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+        debug = self.config.debug
+        if self.runtime.is_lead:
+            if debug.load_pools is not None:
+                self.replay = Replay(debug.load_pools)
+            else:
+                # Pools that were generated without training are of other weights: they are for debug.train_only.
+                settings = checkpoints.fingerprint(self.config)
+                mark = f"{settings}g" if debug.generate_only else settings
+                self.bank = Bank(self.config.run.dir, self.runtime.dp_rank, mark, frozenset({settings, f"{settings}g"} if debug.replaying else {mark}))
+        self.records = Records(self.config, self.runtime, self.progress)
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -159,39 +165,54 @@ class Trainer:
         """Run a step. Returns None, or why it had to be thrown away (the same on every rank)."""
         began = time.monotonic()
         plan = plan_step(self.config, step)
+        if step == self.config.pool.rollouts_start_step + 1:
+            self.progress.recent_losses = []  # another loss begins
         self._sync_reference(step, plan)
         synced = time.monotonic()
-        if plan.rollouts and self.config.debug.load_pools is None:
-            problem = self.services.sync(self.policy, step)
+        if plan.rollouts and not self.config.debug.replaying:
+            with self.watch.during(f"step {step}: handing weights to the rollout engine", self._patience() + self.config.rollout.request_timeout):
+                problem = self.services.sync(self.policy, step)
             if problem is not None:
                 return problem
         sync_seconds = time.monotonic() - synced
 
         stream = self._stream(step, plan) if self.runtime.is_lead else None
         training = time.monotonic()
-        sums = self._forward_backward(step, plan, stream)
+        # One process waits for its own teacher as long as that answers; with others around, the lead gives up before them.
+        limit = 2 * self._patience() if self.runtime.world_size > 1 else float("inf")
+        with self.watch.during(f"step {step}: forward and backward", limit):
+            parts = self.schedule.gradients(step, plan, None if stream is None else stream.take)
         train_seconds = time.monotonic() - training
+        sums = merge_sums(parts)
 
-        failure = self._agree(self._failure(stream, sums))
-        if failure is not None:
-            self.model.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            return failure
-        grad_norm = self._update()
-        self.progress.step = step
-        self.progress.consumed_pairs += self.config.train.global_batch_size
-        evaluation = self._evaluate(step)
-
+        with self.watch.during(f"step {step}: update", self._patience()):
+            failure, verdict = self._agree(step, self._report(stream, parts, sums), stream)
+            if failure is not None:
+                self.schedule.drop_gradients()
+                return failure
+            grad_norm = self._update(skip=verdict.problem is not None)
+        self._advance(step, verdict)
+        if stream is not None:
+            self.records.trained(step, stream, skipped=verdict.problem is not None)
+        with self.watch.during(f"step {step}: evaluation", self._patience()):
+            heldout = self._evaluate(step)
         waited = stream.waited if stream else 0.0
-        generating = 0.0 if stream is None else stream.generating
-        own = {"time/rollout": generating, "time/wait_judge": waited, "time/train": train_seconds - waited, "time/sync": sync_seconds}
-        self._report(step, sums, stream, own, grad_norm, evaluation, time.monotonic() - began)
+        own = {"time/rollout": stream.generating if stream else 0.0, "time/wait_judge": waited, "time/train": train_seconds - waited, "time/sync": sync_seconds}
+        if verdict.problem is None and grad_norm is not None:
+            own["grad_norm"] = grad_norm
+        with self.watch.during(f"step {step}: gathering metrics", self._patience()):
+            self.records.step(step, {**sums, **heldout}, stream, own, self.services.metrics(), self.optimizer.param_groups[0]["lr"],
+                              time.monotonic() - began)
         return None
 
     def _stream(self, step: int, plan: StepPlan) -> StepStream:
-        stream = StepStream(self.config, step, plan, self._my_pairs(), self.services.for_stream)
-        if self.config.debug.load_pools is None:
+        # With other ranks around, the lead must not wait longer than they do.
+        patience = _MARGIN * self.runtime.timeout.total_seconds() if self.runtime.world_size > 1 else float("inf")
+        stream = StepStream(self.config, step, plan, self._my_pairs(), self.services.for_stream, self.bank if plan.asks else None, patience, self._stopping)
+        if self.replay is None:
             stream.start()
+        else:
+            stream.hand_out([Judged(self.replay.outcome(step, pair.id)) for pair in stream.pairs])
         return stream
 
     def _my_pairs(self) -> list[Pair]:
@@ -200,54 +221,64 @@ class Trainer:
         first = self.progress.consumed_pairs + self.runtime.dp_rank * share
         return [self.train_pairs[i] for i in range(first, first + share)]
 
-    def _forward_backward(self, step: int, plan: StepPlan, stream: StepStream | None) -> dict[str, float]:
-        """Gradients of the step; sums of this rank's metrics (empty but on the last stage)."""
-        train = self.config.train
-        count = train.global_batch_size // (train.micro_batch_size * self.runtime.dp_size)
-        self.policy.reference_active = plan.paired and self.policy.reference is not None
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+    def _report(self, stream: StepStream | None, parts: list[dict[str, float]], sums: dict[str, float]) -> StepReport:
+        """What this rank saw of the step."""
+        lost = stream.failure if stream is not None else None
+        failure = None if lost is None else f"{type(lost).__name__}: {lost}"
+        tolerance, tokens = self.config.rollout.logprob_tolerance, sums.get("n/rollout_tokens", 0.0)
+        other_weights = tokens > 0 and not self.config.debug.replaying and sums["rollout/logprob_diff"] / tokens > tolerance
+        if other_weights and failure is None:
+            failure = (f"rollouts were not written by the policy's weights: their log-probabilities differ from the policy's by "
+                       f"{sums['rollout/logprob_diff'] / tokens:.4f} per token on average (largest {sums['max/rollout_logprob_diff']:.4f}, "
+                       f"rollout.logprob_tolerance={tolerance}). The engine missed a weight sync, computes in another dtype (raise the tolerance "
+                       "for bfloat16), or serves another model")
+        return StepReport(
+            self.runtime.rank, self.runtime.dp_rank, failure, isinstance(lost, Stopped), other_weights, self.stop_signal, self.saver.writing,
+            [(part["loss"], part["n/loss"]) for part in parts], self.schedule.gradient_is_finite())
 
-        def make() -> Microbatch:
-            outcomes = self._replayed(step, stream) if self.replay is not None else stream.take(train.micro_batch_size)
-            return collate(outcomes, self.config.data.prefix_length, self.config.data.suffix_length, paired=plan.paired,
-                           nll_on=plan.nll_on)
+    def _agree(self, step: int, mine: StepReport, stream: StepStream | None) -> tuple[str | None, Verdict | None]:
+        """Exchange reports: why the step has to be thrown away, or the verdict on its numbers; the same on every rank."""
+        reports: list[Any] = [None] * self.runtime.world_size
+        dist.all_gather_object(reports, mine)
+        self.stop_signal = max(report.stop_signal for report in reports)
+        self._writing = any(report.writing for report in reports)
+        failures = sorted((report.stopped, report.rank, report.failure) for report in reports if report.failure is not None)
+        if failures:
+            if self.bank is not None and any(report.other_weights for report in reports):
+                self.bank.forget_step()  # or a resume would train on the same rollouts again
+            if not failures[0][0]:
+                self.stop_signal = 0  # a lost server or a bad step is told, whatever else was asked
+            return failures[0][2], None
+        verdict = guard.look(reports, self.progress.recent_losses, self.config.train)
+        if verdict.problem is None:
+            return None, verdict
+        self.records.suspects(step, verdict, stream)
+        train, pairs = self.config.train, f"its pairs stand in {self.config.run.dir / 'audit.jsonl'}"
+        if train.bad_step == "skip" and self.progress.bad_steps + 1 < train.max_bad_steps:
+            self._say(f"WARNING: step {step} is skipped: {verdict.problem}; {pairs}")
+            return None, verdict
+        self.stop_signal = 0
+        if train.bad_step == "skip":
+            return f"{verdict.problem}, and {self.progress.bad_steps} steps before it were bad (train.max_bad_steps={train.max_bad_steps}); {pairs}", None
+        return f"{verdict.problem}; {pairs}. Lower optimizer.lr, or set train.bad_step=skip", None
 
-        batches = self.exchange.microbatches(f"train-{step}", count, make)
-        rows = train.micro_batch_size * (2 if plan.paired else 1)
-        return self._schedule(batches, count, rows, forward_only=False)
-
-    def _schedule(self, batches: Iterator[Microbatch], count: int, rows: int, *, forward_only: bool) -> dict[str, float]:
-        device, objective, has_reference = self.runtime.device, self.config.objective, self.policy.reference_active
-
-        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
-            batch = next(iterator)
-            token_ce = model(attention_mask=None, **batch.model_inputs(device))
-            return token_ce, partial(blend_loss, inputs=batch.loss_inputs(device), objective=objective, has_reference=has_reference)
-
-        parts = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=batches, model=[self.model], num_microbatches=count,
-            seq_length=self.config.seq_length, micro_batch_size=rows * (2 if has_reference else 1), forward_only=forward_only)
-        return merge_sums({key: value.item() for key, value in part.items()} for part in parts)
-
-    def _replayed(self, step: int, stream: StepStream) -> list[Any]:
-        first, n = len(stream.judged), self.config.train.micro_batch_size
-        outcomes = [self.replay.outcome(step, pair.id) for pair in stream.pairs[first : first + n]]
-        stream.judged += [Judged(outcome) for outcome in outcomes]
-        return outcomes
-
-    def _finalize(self, model: Any, num_pairs: torch.Tensor | None = None, **kwargs: Any) -> None:
-        """Megatron's gradient reduction; afterwards ``num_pairs`` is that of the whole global batch."""
-        finalize_model_grads(model, num_pairs, **kwargs)
-        self.global_pairs = int(num_pairs)
-
-    def _update(self) -> float | None:
-        """Optimizer step; None when no pair of the whole batch carried loss (then nothing moves but the schedule)."""
+    def _update(self, *, skip: bool) -> float | None:
+        """Optimizer step; None when the step is skipped or no pair of the whole batch carried loss (then nothing moves but the schedule)."""
         grad_norm = None
-        if self.global_pairs > 0:
+        if skip:
+            self.schedule.drop_gradients()
+        elif self.schedule.global_pairs > 0:
             _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return None if grad_norm is None else float(grad_norm)
+
+    def _advance(self, step: int, verdict: Verdict) -> None:
+        progress = self.progress
+        progress.step = step
+        progress.consumed_pairs += self.config.train.global_batch_size
+        progress.bad_steps = 0 if verdict.problem is None else progress.bad_steps + 1
+        if verdict.problem is None:
+            progress.recent_losses = guard.remember(progress.recent_losses, verdict.loss)
 
     def _sync_reference(self, step: int, plan: StepPlan) -> None:
         """Make the reference when it is first needed, and copy the policy into a synced one every n steps."""
@@ -260,115 +291,92 @@ class Trainer:
         elif due:
             self.policy.sync_reference()
 
-    def _failure(self, stream: StepStream | None, sums: dict[str, float]) -> str | None:
-        if stream is not None and stream.failure is not None:
-            return f"{type(stream.failure).__name__}: {stream.failure}"
-        if not math.isfinite(sums.get("loss", 0.0)):
-            return f"the loss is {sums['loss']}; look at the last lines of {self.config.run.dir / 'metrics.jsonl'} and lower optimizer.lr"
-        tolerance, tokens = self.config.rollout.logprob_tolerance, sums.get("n/rollout_tokens", 0.0)
-        replayed = self.config.debug.load_pools is not None  # such rollouts may be of any weights
-        if tokens and not replayed and not sums["rollout/logprob_diff"] / tokens <= tolerance:
-            return (f"rollouts were not written by the policy's weights: their log-probabilities differ from the policy's by "
-                    f"{sums['rollout/logprob_diff'] / tokens:.4f} per token on average (largest {sums['max/rollout_logprob_diff']:.4f}, "
-                    f"rollout.logprob_tolerance={tolerance}). The engine missed a weight sync, computes in another dtype (raise the tolerance "
-                    "for bfloat16), or serves another model")
-        return None
-
-    def _agree(self, failure: str | None) -> str | None:
-        """The first rank's failure, on all ranks; also the strongest signal that any rank got."""
-        flags = torch.tensor([0 if failure is None else self.runtime.world_size - self.runtime.rank, self.stop_signal],
-                             dtype=torch.int64, device=self.runtime.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self.stop_signal = int(flags[1])
-        if int(flags[0]) == 0:
-            return None
-        told = [failure]
-        dist.broadcast_object_list(told, src=self.runtime.world_size - int(flags[0]))
-        return told[0]
-
-    # -- beside the step ----------------------------------------------------------------------------------------
-
-    def _eval_pairs(self) -> int:
-        """Held-out pairs of one evaluation, rounded up to whole microbatches on every replica."""
-        if not self.config.train.eval_interval:
-            return 0
-        unit = self.config.train.micro_batch_size * self.runtime.dp_size
-        return -(-self.config.train.eval_pairs // unit) * unit
-
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Mean cross entropy of the original suffix of held-out pairs, nats per token."""
-        train = self.config.train
-        if not train.eval_interval or (step % train.eval_interval and step != train.train_iters):
-            return {}
-        share = self._eval_pairs() // self.runtime.dp_size
-        pairs = iter(range(self.runtime.dp_rank * share, (self.runtime.dp_rank + 1) * share))
+        interval = self.config.train.eval_interval
+        due = interval and (step % interval == 0 or step == self.config.train.train_iters)
+        return self.schedule.heldout_loss(step, self.valid_pairs) if due else {}
 
-        def make() -> Microbatch:
-            outcomes = [original_only(self.valid_pairs[i]) for _, i in zip(range(train.micro_batch_size), pairs)]
-            return collate(outcomes, self.config.data.prefix_length, self.config.data.suffix_length, paired=False, nll_on="suffix")
+    # -- beside the steps ---------------------------------------------------------------------------------------
 
-        self.policy.reference_active = False
-        self.model.eval()
-        count = share // train.micro_batch_size
-        with torch.no_grad():
-            sums = self._schedule(self.exchange.microbatches(f"eval-{step}", count, make), count, train.micro_batch_size, forward_only=True)
-        self.model.train()
-        return {f"eval {key}": value for key, value in sums.items() if key in ("loss/nll", "n/valid")}
-
-    def _report(self, step: int, sums: dict[str, float], stream: StepStream | None, own: dict[str, float], grad_norm: float | None,
-                evaluation: dict[str, float], seconds: float) -> None:
-        mine = {**sums, **evaluation}
-        if stream is not None:
-            mine |= pool_sums(stream.judged)
-            if self.recorder is not None:
-                self.recorder.write(step, [item.outcome for item in stream.judged])
-        asked = self.services.metrics()  # drained on every lead, shown of the first: percentiles cannot be added up
-        gathered: list[Any] = [None] * self.runtime.world_size
-        dist.all_gather_object(gathered, mine)
-        if self.runtime.rank != 0:
-            return
-        merged = merge_sums(gathered)
-        metrics = means(merged)
-        for key in ("eval loss/nll", "eval n/valid"):
-            metrics.pop(key, None)
-        if merged.get("eval n/valid"):
-            metrics["eval/suffix_nll"] = merged["eval loss/nll"] / merged["eval n/valid"]
-        if grad_norm is not None:
-            metrics["grad_norm"] = grad_norm
-        tokens = self.config.train.global_batch_size * self.config.seq_length
-        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "consumed_pairs": self.progress.consumed_pairs, **own, **asked,
-                    "time/other": max(0.0, seconds - sum(own.values())), "time/step": seconds, "tokens_per_second": tokens / seconds}
-        self.writer.write(step, metrics)
-        for item in [item for item in stream.judged if item.pool is not None][: self.config.log.audit_pools]:
-            self.audit.write({**audit_record(step, item)})
-        self.audit.flush()
-        self.progress.wall = self.writer.wall
+    def _generate(self) -> int:
+        """``debug.generate_only``: pools of all steps with the weights as they are, into the bank."""
+        while self.progress.step < self.config.train.train_iters and not self.stop_signal:
+            step, began = self.progress.step + 1, time.monotonic()
+            plan = plan_step(self.config, step)
+            if plan.rollouts and (problem := self.services.sync(self.policy, step)) is not None:
+                raise RuntimeError(problem)
+            stream = self._stream(step, plan) if self.runtime.is_lead else None
+            if stream is not None:
+                stream.take(len(stream.pairs))
+            problem, _ = self._agree(step, self._report(stream, [], {}), stream)
+            if problem is not None:
+                self._say(f"stopped in step {step}: {problem}; what was judged is kept, start the same command again to go on")
+                return EXIT_LOST
+            self._advance(step, Verdict(None))
+            if stream is not None:
+                self.records.generated(step, stream)
+            self._say(f"step {step}: pools generated in {time.monotonic() - began:.1f} s, nothing trained")
+            if step == self.config.train.exit_after:
+                break
+        return EXIT_MORE if self.progress.step < self.config.train.train_iters else EXIT_DONE
 
     def _save(self, *, last: bool) -> bool:
+        """Begin, go on with or finish a checkpoint. Returns False when one that was due could not be written."""
+        interval, step = self.config.checkpoint.interval, self.progress.step
+        due = step > 0 and (last or (interval and step % interval == 0)) and not checkpoint_files.folder_of(self.config.run.dir, step).exists()
+        if self.saver.pending and (due or last or not self._writing):
+            self._finish_save(last=False)  # of an earlier step
+            due = due and not checkpoint_files.folder_of(self.config.run.dir, step).exists()
+        if not due:
+            return True
+        began = time.monotonic()
         shared = [self.progress.wall, self.progress.wandb_id]
         dist.broadcast_object_list(shared, src=0)
         self.progress.wall, self.progress.wandb_id = shared
+        try:
+            self.records.sync()
+            self.saver.begin(copy.deepcopy(self.progress))
+        except CheckpointError as error:
+            return self._not_saved(error, last)
+        self._save_began, self._stalled = began, time.monotonic() - began
+        self.records.stalled += self._stalled
+        if last or not self.config.checkpoint.async_save:
+            return self._finish_save(last=last)
+        return True
+
+    def _finish_save(self, *, last: bool) -> bool:
         began = time.monotonic()
         try:
-            path = checkpoints.save(self.config, self.runtime, self.policy, self.optimizer, self.scheduler, self.progress,
-                                    self.tokenizer.vocab_size, self.tokenizer.fingerprint)
+            path = self.saver.finish()
         except CheckpointError as error:
-            self._say(f"WARNING: {error}" + ("" if last else "\nTraining goes on; the next checkpoint is tried as planned."))
-            return False
-        self._say(f"saved {path} in {time.monotonic() - began:.1f} s")
+            return self._not_saved(error, last)
+        finally:
+            stalled = time.monotonic() - began
+            self.records.stalled += stalled
+        self._say(f"saved {path} in {time.monotonic() - self._save_began:.1f} s, of which training waited {self._stalled + stalled:.2f} s")
+        if self.bank is not None and self.runtime.rank == 0:
+            self.bank.forget_until(checkpoint_files.oldest_to_resume_from(self.config.run.dir, self.config.checkpoint.keep))
         return True
+
+    def _not_saved(self, error: CheckpointError, last: bool) -> bool:
+        self._say(f"WARNING: {error}" + ("" if last else "\nTraining goes on; the next checkpoint is tried as planned."))
+        return False
+
+    def _patience(self, extra_minutes: float = 0.0) -> float:
+        """Seconds after which something hangs: collectives end by their own deadline before."""
+        return 2 * self.runtime.timeout.total_seconds() + 60 * extra_minutes
+
+    def _stopping(self) -> float:
+        return time.monotonic() - self._signalled if self.stop_signal else 0.0
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.stop_signal:
+            self._signalled = time.monotonic()
         self.stop_signal = number
         self._say(f"{signal.Signals(number).name}: this step is finished and saved first" + (" (again to leave at once)" if number == signal.SIGINT else ""))
 
     def _say(self, text: str) -> None:
         if self.runtime.rank == 0:
             say(text)
-
-
-def original_only(pair: Pair) -> Preference:
-    """A pool of the original alone."""
-    return Preference(pair.id, pair.prefix_ids, Candidate(ORIGINAL, pair.suffix_ids, ""), None)

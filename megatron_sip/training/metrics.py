@@ -148,6 +148,10 @@ class MetricsWriter:
         if step % self._config.log.interval == 0 or step == self._config.train.train_iters:
             say(self._line(step, metrics))
 
+    def flush(self, durable: bool = False) -> None:
+        """See :meth:`JsonLines.flush`."""
+        self._lines.flush(durable)
+
     def _to_wandb(self, metrics: dict[str, float], step: int) -> None:
         if self._wandb is None:
             return

@@ -25,6 +25,11 @@ class StepPlan:
     paired: bool
     nll_on: str
 
+    @property
+    def asks(self) -> bool:
+        """Somebody has to write or judge before this step can train."""
+        return self.rewrite or self.rollouts > 0 or self.judged
+
 
 def plan_step(config: RunConfig, step: int) -> StepPlan:
     """Plan of the ``step``-th step (1-based). Steps before the rollouts start are plain next-token prediction."""

@@ -49,7 +49,7 @@ class RunServices:
             if self._runtime.is_lead:
                 self.for_stream.teacher = Teacher(config.teacher, quorum=config.pool.quorum, seed=config.run.seed, run_dir=config.run.dir,
                                                   urls=urls, api_key=key)
-        if config.pool.rollouts and config.debug.load_pools is None:
+        if config.pool.rollouts and not config.debug.replaying:
             if config.rollout.engine == "in_process":
                 self._start_sampler(policy)
             else:

@@ -5,14 +5,16 @@ first, rollouts are written in chunks, and a pool goes to the judge as soon as i
 outcomes from the other end while later ones are still being judged.
 
     pairs --+--> teacher.rewrite ------+
-            +--> engine.generate ------+--> Pool --> teacher.judge --> choose --> outcome
-                 (chunk by chunk)
+            +--> engine.generate ------+--> Pool --> teacher.judge --> bank --> decide --> outcome
+                 (chunk by chunk)                                       ^
+                                              judged before a restart --+
 
 Promises:
 - Every pair of the step comes out exactly once, as a Preference or as a Dropped with its reason.
 - :meth:`StepStream.take` never raises and never waits without end. When the teacher or the engine is lost, ``failure`` is
   set and what is left comes out as ``Dropped("abandoned")``: the schedule runs to its end on every rank, and the
   trainer then throws the whole step away.
+- What was judged is in the bank before it is handed out.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from megatron_sip.config import RunConfig
@@ -35,12 +38,17 @@ if TYPE_CHECKING:
     from megatron_sip.data.tokenizer import Tokenizer
     from megatron_sip.rollout.engine import Rollout, RolloutEngine
     from megatron_sip.teacher.client import Teacher
+    from megatron_sip.training.bank import Bank
 
 _POLL = 0.5  # seconds between looks at the health of servers while waiting
 
 
 class Abandoned(RuntimeError):
-    """The step cannot be finished: teacher or rollout engine lost."""
+    """The step cannot be finished: teacher or rollout engine lost, or too slow for the other ranks."""
+
+
+class Stopped(Abandoned):
+    """The run was asked to stop and the step would take longer than that can wait."""
 
 
 @dataclass
@@ -64,17 +72,27 @@ class Judged:
 
 @dataclass
 class StepStream:
-    """One step on one model replica. Call :meth:`start`, then :meth:`take` until all pairs have come out."""
+    """One step on one model replica. Call :meth:`start`, then :meth:`take` until all pairs have come out.
+
+    Attributes:
+        bank: keeps what is judged; None keeps nothing.
+        patience: seconds that all calls of :meth:`take` together may wait: the other ranks wait as long in a collective.
+        stopping: seconds since the run was asked to stop, 0 while it was not.
+    """
 
     config: RunConfig
     step: int
     plan: StepPlan
     pairs: Sequence[Pair]
     services: Services
+    bank: Bank | None = None
+    patience: float = inf
+    stopping: Callable[[], float] = lambda: 0.0
     failure: BaseException | None = None
     waited: float = 0.0  # seconds spent in take()
     generating: float = 0.0  # seconds in engine.generate
     judged: list[Judged] = field(default_factory=list)
+    from_bank: int = 0  # pools that were judged before a restart
 
     def __post_init__(self) -> None:
         self._done: queue.SimpleQueue[tuple[int, Judged | BaseException]] = queue.SimpleQueue()
@@ -85,8 +103,11 @@ class StepStream:
         """Ask for everything. In-process rollouts are written before this returns, those of servers in a thread."""
         rewrites: list[Future[str | None] | None] = [None] * len(self.pairs)
         try:
+            self._missing = self._take_from_bank()
+            if self._missing and self.plan.asks and self.config.debug.train_only:
+                raise Abandoned(f"debug.train_only: the run folder's bank has nothing for {len(self._missing)} of {len(self.pairs)} pairs of step {self.step}")
             if self.plan.rewrite:
-                rewrites = [self._ask_rewrite(pair) for pair in self.pairs]
+                rewrites = [self._ask_rewrite(pair) if i in self._missing else None for i, pair in enumerate(self.pairs)]
             if self.plan.rollouts and self.services.engine.concurrent:
                 threading.Thread(target=self._generate, args=(rewrites,), name="rollouts", daemon=True).start()
             else:
@@ -94,11 +115,19 @@ class StepStream:
         except Exception as error:
             self._done.put((-1, error))
 
+    def hand_out(self, judged: Sequence[Judged]) -> None:
+        """Instead of :meth:`start`: outcomes of all pairs that are known already, in the order of the data."""
+        for index, item in enumerate(judged):
+            self._done.put((index, item))
+
     def take(self, n: int) -> list[Preference | Dropped]:
         """The next ``n`` outcomes; in arrival order or, with ``train.order=fixed``, in the order of the data."""
         start = time.monotonic()
+        self._limit = start + self.patience - self.waited
         outcomes = [self._next() for _ in range(n)]
         self.waited += time.monotonic() - start
+        if self.bank is not None:
+            self.bank.sync()
         return outcomes
 
     # -- one pair after the other ---------------------------------------------------------------------------------
@@ -134,30 +163,52 @@ class StepStream:
             if teacher is not None and teacher.seconds_without_answer > limit:
                 raise Abandoned(f"no teacher server has answered for {teacher.seconds_without_answer:.0f} s (teacher.outage_timeout={limit:.0f}); "
                                 f"servers: {', '.join(teacher.urls)}")
+            if self.stopping() > self.config.train.stop_patience:
+                raise Stopped(f"{len(self._left)} of {len(self.pairs)} pools are not judged {self.config.train.stop_patience:.0f} s after the run was "
+                              "asked to stop (train.stop_patience)")
+            if time.monotonic() > self._limit:
+                raise Abandoned(f"{len(self._left)} of {len(self.pairs)} pools are not judged after {self.patience:.0f} s of waiting in this step, and the other "
+                                "ranks wait no longer than parallel.distributed_timeout_minutes: add teacher servers, or raise it")
         except Exception as error:
             self.failure = error
 
     # -- from pair to pool ----------------------------------------------------------------------------------------
 
+    def _take_from_bank(self) -> frozenset[int]:
+        """Hand out what was judged before a restart, in the order of that time; returns the numbers of the other pairs."""
+        numbers = {pair.id: i for i, pair in enumerate(self.pairs)}
+        known = self.bank.open(self.step) if self.bank is not None else {}
+        for pair, (pool, scores) in known.items():
+            index = numbers.pop(pair, None)
+            if index is not None:
+                self.from_bank += 1
+                self._done.put((index, Judged(self._decide(pool, scores), pool, scores)))
+        return frozenset(numbers.values())
+
     def _generate(self, rewrites: list[Future[str | None] | None]) -> None:
         try:
             if not self.plan.rollouts:
-                for i in range(len(self.pairs)):
+                for i in sorted(self._missing):
                     self._when_rewritten(i, rewrites[i], [])
                 return
             chunk = max(1, self.config.rollout.batch_size // self.plan.rollouts)
             for first in range(0, len(self.pairs), chunk):
-                part = self.pairs[first : first + chunk]
-                began = time.monotonic()
-                written = self.services.engine.generate(
-                    [pair.prefix_ids for pair in part], self.plan.rollouts,
-                    seeds=[rollout_seed(self.config.run.seed, self.step, pair) for pair in part],
-                    max_tokens=self.config.data.suffix_length)
-                self.generating += time.monotonic() - began
-                for i, rollouts in enumerate(written, first):
-                    self._when_rewritten(i, rewrites[i], rollouts)
+                # A chunk is written whole or not at all: its composition shapes the rounding of log-probabilities.
+                wanted = [i for i in range(first, min(first + chunk, len(self.pairs))) if i in self._missing]
+                if wanted:
+                    written = self._write(self.pairs[first : first + chunk])
+                    for i in wanted:
+                        self._when_rewritten(i, rewrites[i], written[i - first])
         except Exception as error:
             self._done.put((-1, error))
+
+    def _write(self, pairs: Sequence[Pair]) -> list[list[Rollout]]:
+        began = time.monotonic()
+        written = self.services.engine.generate(
+            [pair.prefix_ids for pair in pairs], self.plan.rollouts, seeds=[rollout_seed(self.config.run.seed, self.step, pair) for pair in pairs],
+            max_tokens=self.config.data.suffix_length)
+        self.generating += time.monotonic() - began
+        return written
 
     def _ask_rewrite(self, pair: Pair) -> Future[str | None]:
         prefix, suffix = self.services.tokenizer.split_text(pair.prefix_ids, pair.suffix_ids, pair.at_document_start)
@@ -172,17 +223,24 @@ class StepStream:
     def _judge(self, index: int, rollouts: list[Rollout], rewrite: str | None) -> None:
         pair = self.pairs[index]
         pool = build_pool(pair, self.plan, rollouts, rewrite, self.services.tokenizer, self.config.data.suffix_length)
-        if self.plan.rewrite and not any(c.source == REWRITE for c in pool.candidates) and not self.plan.original:
-            # Without rewrite and original only the policy's own text is left; training on that alone is the collapse
-            # that the paper describes.
-            self._done.put((index, Judged(Dropped(pair.id, "no_rewrite", "the teacher gave no usable rewrite"), pool)))
-        elif self.plan.judged and len(pool.candidates) > 1:
-            self.services.teacher.judge(pool).add_done_callback(self._safely(lambda done: self._choose(index, pool, done.result())))
+        if self.plan.judged and len(pool.candidates) > 1 and not self._leaves_the_policy_alone(pool):
+            self.services.teacher.judge(pool).add_done_callback(self._safely(lambda done: self._judged(index, pool, done.result())))
         else:
-            self._done.put((index, Judged(without_judge(pool), pool)))
+            self._judged(index, pool, None)
 
-    def _choose(self, index: int, pool: Pool, scores: Scores) -> None:
-        self._done.put((index, Judged(choose(pool, scores, self.config.pool.quorum), pool, scores)))
+    def _judged(self, index: int, pool: Pool, scores: Scores | None) -> None:
+        if self.bank is not None:
+            self.bank.put(pool, scores)
+        self._done.put((index, Judged(self._decide(pool, scores), pool, scores)))
+
+    def _decide(self, pool: Pool, scores: Scores | None) -> Preference | Dropped:
+        if self._leaves_the_policy_alone(pool):
+            return Dropped(pool.pair, "no_rewrite", "the teacher gave no usable rewrite")
+        return without_judge(pool) if scores is None else choose(pool, scores, self.config.pool.quorum)
+
+    def _leaves_the_policy_alone(self, pool: Pool) -> bool:
+        """Without rewrite and original only the policy's own text is left; training on that alone is the paper's collapse."""
+        return self.plan.rewrite and not self.plan.original and not any(c.source == REWRITE for c in pool.candidates)
 
     def _safely(self, step: Callable[[Future], None]) -> Callable[[Future], None]:
         """Callbacks of futures swallow exceptions; ours reach the trainer."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_sip import train
 from megatron_sip.training.jsonl import read_jsonl
 from tests.conftest import standard_library
+from tests.training.runs import arguments
 from tests.training.scripted_teacher import KEY, MODEL, ScriptedTeacher
 
 
@@ -54,6 +56,17 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Wo
     (folder / "key").write_text(KEY)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return World(folder, folder / "config.yaml", tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def whole(world, tmp_path_factory):
+    """A run that was never stopped, with its outcomes recorded."""
+    teacher = ScriptedTeacher()
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    code = train.main(arguments(world, run, teacher.url, f"debug.save_pools={run / 'pools.jsonl'}", "checkpoint.keep=9"))
+    teacher.close()
+    assert code == 0
+    return run
 
 
 @pytest.fixture

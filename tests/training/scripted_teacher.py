@@ -22,10 +22,12 @@ class _Server(ThreadingHTTPServer):
 
 
 class ScriptedTeacher:
-    """Serves in a thread. ``die_after``: the connection breaks from that many answered questions on, until ``revive``."""
+    """Serves in a thread. From so many answered questions on, ``die_after`` breaks connections until ``revive``, ``hold_after`` keeps them
+    open without an answer until ``release``."""
 
     def __init__(self, delay: float = 0.0) -> None:
         self.answered, self.die_after, self.delay = 0, None, delay
+        self.hold_after, self.held, self._released = None, False, threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -39,6 +41,9 @@ class ScriptedTeacher:
                 if outer.dead:
                     self.close_connection = True
                     return
+                if outer.hold_after is not None and outer.answered >= outer.hold_after:
+                    outer.held = True
+                    outer._released.wait(300)
                 time.sleep(outer.delay)
                 outer.answered += 1
                 self._reply({"choices": [{"index": 0, "message": {"content": answer(body)}, "finish_reason": "stop"}]})
@@ -65,6 +70,10 @@ class ScriptedTeacher:
 
     def revive(self) -> None:
         self.die_after = None
+
+    def release(self) -> None:
+        self.hold_after = None
+        self._released.set()
 
     def close(self) -> None:
         self._server.shutdown()

@@ -53,7 +53,7 @@ def test_recorded_outcomes_come_back_equal_from_any_number_of_ranks(tmp_path):
     other, third = PairId("d", 2, 0), PairId("e", 0, 0)
     outcomes = [preference(), Dropped(other, "no_answer", "why")]
     for rank, part in enumerate((outcomes[:1], outcomes[1:])):
-        recorder = Recorder(path, rank, 0)
+        recorder = Recorder(path, rank, 0, 2)
         recorder.write(7, part)
         recorder.close()
     replay = Replay(path)

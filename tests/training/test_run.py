@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,53 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sip import train
+from megatron_sip.training.checkpoint_files import read_meta, write_meta
+from tests.training.runs import arguments, assert_same, assert_same_weights, execute, finish
 from tests.training.scripted_teacher import ScriptedTeacher
-
-EQUAL = ("loss", "loss/nll", "loss/dpo", "dpo/margin", "dpo/chosen_logp", "dpo/rejected_logp", "grad_norm", "eval/suffix_nll", "lr", "consumed_pairs",
-         "chosen/rollout", "rejected/rollout", "score/spread", "pool/tie_rate")
-
-
-def arguments(world, run: Path, url: str, *overrides: str) -> list[str]:
-    return ["--config", str(world.config), f"run.dir={run}", f"teacher.urls=[{url}]", *overrides]
-
-
-def execute(args: list[str], processes: int = 1) -> subprocess.Popen:
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                                                        "--master_addr", "127.0.0.1", "--rdzv_endpoint", "127.0.0.1:0", "--rdzv_backend", "c10d"]
-    # The number of threads shapes the order of sums: a run in a process of its own has as many as one in this process.
-    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-    return subprocess.Popen([*launcher, "-m", "megatron_sip.train", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, **threads}, start_new_session=True)
-
-
-def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    try:
-        return process.communicate(timeout=timeout)[0]
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
-@pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    """A run that was never stopped, with its outcomes recorded."""
-    teacher = ScriptedTeacher()
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    code = train.main(arguments(world, run, teacher.url, f"debug.save_pools={run / 'pools.jsonl'}", "checkpoint.keep=9"))
-    teacher.close()
-    assert code == 0
-    return run
-
-
-def assert_same(metrics: dict, expected: dict, tolerance: float = 0.0) -> None:
-    assert sorted(metrics) == sorted(expected)
-    for step, record in expected.items():
-        for key in EQUAL:
-            assert (key in record) == (key in metrics[step]), (step, key)
-            if key in record:
-                assert metrics[step][key] == pytest.approx(record[key], rel=tolerance, abs=tolerance), (step, key)
 
 
 def test_a_run_writes_what_people_look_at(world, whole):
@@ -198,19 +153,36 @@ def test_another_config_layout_or_a_damaged_checkpoint_is_refused_on_resume(worl
     assert "optimizer.lr: 0.01 -> 0.02" in error and "pool.rollouts: 2 -> 1" in error and "checkpoint.allow_config_change=true" in error
     error = refused(arguments(world, run, scripted.url, "parallel.use_distributed_optimizer=true"), capsys)
     assert "keep that setting" in error
-    meta = run / "checkpoints" / "iter_0000004" / "meta.json"
-    saved = meta.read_text()
-    meta.write_text(saved.replace('"tensor_model_parallel_size": 1', '"tensor_model_parallel_size": 2'))
+    newest = run / "checkpoints" / "iter_0000004"
+    meta = read_meta(newest)
+    write_meta(newest, {**meta, "layout": {**meta["layout"], "tensor_model_parallel_size": 2}})
     assert "checkpoint.allow_layout_change=true" in refused(arguments(world, run, scripted.url), capsys)
-    meta.write_text(saved[:40])
-    assert "iter_0000004 is not a whole checkpoint" in refused(arguments(world, run, scripted.url), capsys)
-    meta.write_text(saved)
-    largest = max((run / "checkpoints" / "iter_0000004").glob("*.distcp"), key=lambda f: f.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:1000])
-    assert "iter_0000004 cannot be loaded" in refused(arguments(world, run, scripted.url), capsys)
-    shutil.rmtree(run / "checkpoints" / "iter_0000004")  # the remedy that the message names
-    assert train.main(arguments(world, run, scripted.url)) == 0
+    write_meta(newest, meta)
+    for name, harm in (("meta.json", lambda data: data[:40]), ("common.pt", lambda data: data[:-1]), ("__0_0.distcp", lambda data: data[:99] + b"?" + data[100:])):
+        whole_file = (newest / name).read_bytes()
+        (newest / name).write_bytes(harm(whole_file))
+        error = refused(arguments(world, run, scripted.url, "checkpoint.on_damaged=stop"), capsys)
+        assert name in error and "remove that folder, or set checkpoint.on_damaged=previous" in error
+        (newest / name).write_bytes(whole_file)
+    shutil.rmtree(run / "checkpoints" / "iter_0000002")
+    (newest / "meta.json").unlink()
+    assert "no whole checkpoint is left" in refused(arguments(world, run, scripted.url), capsys)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["damaged_iter_0000004"]
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_asks_nothing_twice(world, whole, scripted, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = arguments(world, run, scripted.url)
+    assert train.main([*args, "train.exit_after=4"]) == 85
+    asked = scripted.answered
+    file = run / "checkpoints" / "iter_0000004" / ".metadata"
+    file.write_bytes(b"x" * file.stat().st_size)
+    assert train.main(args) == 0
+    assert "iter_0000004/.metadata is not what was written" in capsys.readouterr().out
     assert_same(world.metrics(run), world.metrics(whole))
+    assert_same_weights(run, whole)
+    assert world.metrics(run)[4]["pool/from_bank"] == 8 and world.metrics(run)[5]["pool/from_bank"] == 0
+    assert asked * 6 / 4 - 3 <= scripted.answered <= asked * 6 / 3 + 3  # questions of 5 judged steps, the probes of two starts
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -12,7 +12,7 @@ import pytest
 from megatron_sip.config import load_config
 from megatron_sip.pool import Criterion, Dropped, PairId, Preference, Scores
 from megatron_sip.training.plan import plan_step
-from megatron_sip.training.stream import Services, StepStream, rollout_seed
+from megatron_sip.training.stream import Services, StepStream, Stopped, rollout_seed
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class ScriptedTeacher:
         future.set_result(Scores((Criterion("quality", 1.0, values, (answered,) * n),)))
 
 
-def make(n=3, order="arrival", teacher=None, engine=None, check=lambda: None, **overrides):
+def make(n=3, order="arrival", teacher=None, engine=None, check=lambda: None, bank=None, patience=float("inf"), stopping=lambda: 0.0, **overrides):
     config = load_config(None, ["teacher.model=t", "teacher.judges=[{kind: quality}]", f"train.order={order}", "data.suffix_length=5", "rollout.batch_size=2",
                                 "teacher.outage_timeout=5", "pool.rollouts=2", *(f"{k}={v}" for k, v in overrides.items())])
     pairs = [Pair(PairId("d", i, 0), tuple(b"pre"), tuple(b"origi")) for i in range(n)]
     teacher = teacher or ScriptedTeacher()
-    stream = StepStream(config, 1, plan_step(config, 1), pairs, Services(Letters(), engine or Engine(), teacher, check))
+    stream = StepStream(config, 1, plan_step(config, 1), pairs, Services(Letters(), engine or Engine(), teacher, check), bank, patience, stopping)
     stream.start()
     return stream, teacher
 
@@ -154,6 +154,22 @@ def test_a_silent_teacher_ends_the_wait():
     assert ids(outcomes) == [1, 0] and outcomes[1].reason == "abandoned"
     assert "teacher.outage_timeout=5" in str(stream.failure) and "127.0.0.1:1" in str(stream.failure)
     assert time.monotonic() - began < 30
+
+
+def test_other_ranks_patience_ends_the_wait():
+    stream, teacher = make(n=2, patience=0.0)
+    assert [o.reason for o in stream.take(2)] == ["abandoned"] * 2
+    assert "2 of 2 pools are not judged" in str(stream.failure) and "parallel.distributed_timeout_minutes" in str(stream.failure)
+
+
+def test_a_signal_waits_for_answers_only_so_long():
+    asked_to_stop = []
+    stream, teacher = make(n=3, stopping=lambda: 5.0 if asked_to_stop else 0.0, **{"train.stop_patience": 2})
+    teacher.answer(2)
+    assert ids(stream.take(1)) == [2]
+    asked_to_stop.append(True)
+    stream.take(2)
+    assert isinstance(stream.failure, Stopped) and "train.stop_patience" in str(stream.failure)
 
 
 def test_a_dead_local_server_ends_the_wait():
