@@ -123,7 +123,7 @@ def save(config: RunConfig, runtime: Runtime, policy: Policy, optimizer: Megatro
         return final
     state = _sharded_state(policy, optimizer, scheduler, loading=False)
     parallel = config.parallel
-    shares = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * (runtime.dp_size if parallel.use_distributed_optimizer else 1)
+    shares = runtime.world_size if parallel.use_distributed_optimizer else parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     _together(runtime, lambda: _prepare(folder, aside, _bytes(state) * shares), f"checkpoint of step {progress.step}", only_rank=0)
     with _signals_held():
         _together(runtime, lambda: dist_checkpointing.save(state, str(aside), ("torch_dist", 1)), f"checkpoint of step {progress.step}")
@@ -235,12 +235,16 @@ def _bytes(state: Any) -> int:
 
 def _layout(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     parallel = config.parallel
+    optional = {name: getattr(parallel, name) for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size")}
     return {"tensor_model_parallel_size": parallel.tensor_model_parallel_size, "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-            "data_parallel_size": runtime.dp_size, "use_distributed_optimizer": parallel.use_distributed_optimizer}
+            "data_parallel_size": runtime.dp_size, "use_distributed_optimizer": parallel.use_distributed_optimizer,
+            **{name: size for name, size in optional.items() if size > 1}}
 
 
 def _words(layout: dict[str, Any]) -> str:
-    return (f"TP{layout['tensor_model_parallel_size']} x PP{layout['pipeline_model_parallel_size']} x DP{layout['data_parallel_size']}"
+    chunks, context = layout.get("virtual_pipeline_model_parallel_size"), layout.get("context_parallel_size")
+    return (f"TP{layout['tensor_model_parallel_size']} x PP{layout['pipeline_model_parallel_size']}" + (f" in {chunks} chunks" if chunks else "")
+            + (f" x CP{context}" if context else "") + f" x DP{layout['data_parallel_size']}"
             + (" with distributed optimizer" if layout["use_distributed_optimizer"] else ""))
 
 

@@ -4,8 +4,7 @@
     training.services   starts servers, gives the lead ranks tokenizer, rollout engine and teacher
     training.stream     pairs -> judged outcomes, in the order in which they are judged
     training.exchange   the lead's microbatches on every rank of its model replica
-    policy              Megatron's forward/backward schedule over policy and reference
-    objective.blend     the loss that the schedule calls on the last stage
+    training.schedule   Megatron's forward/backward schedule over policy and reference, with the loss of objective.blend
     training.checkpoint save, resume
     training.metrics    console, metrics.jsonl, wandb, audit.jsonl
 
@@ -20,19 +19,15 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sip.config import ConfigError, RunConfig, check_layout, dump_config
 from megatron_sip.data.pairs import Pair, Pairs, build_pairs
-from megatron_sip.objective.blend import blend_loss
 from megatron_sip.policy import runtime as policy_runtime
-from megatron_sip.policy.model import build_policy, make_reference, wrap_ddp
+from megatron_sip.policy.model import build_policy, finalize_gradients, make_reference, wrap_ddp
 from megatron_sip.policy.optimizer import build_optimizer
 from megatron_sip.policy.weights import load_init
 from megatron_sip.pool import ORIGINAL, Candidate, Preference
@@ -44,6 +39,7 @@ from megatron_sip.training.jsonl import JsonLines
 from megatron_sip.training.metrics import MetricsWriter, audit_record, means, merge_sums, pool_sums, say
 from megatron_sip.training.microbatch import Microbatch, collate
 from megatron_sip.training.plan import StepPlan, plan_step
+from megatron_sip.training.schedule import forward_backward
 from megatron_sip.training.services import RunServices
 from megatron_sip.training.stream import Judged, StepStream
 
@@ -128,8 +124,9 @@ class Trainer:
         self.policy.config.finalize_model_grads_func = self._finalize
         parameters = torch.tensor(sum(p.numel() for p in self.policy.parameters()), dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(parameters)
-        self._say(f"policy: {int(parameters) // self.runtime.dp_size / 1e6:.1f} M parameters on {self.runtime.world_size} ranks "
-                  f"(TP{config.parallel.tensor_model_parallel_size} x PP{config.parallel.pipeline_model_parallel_size} x DP{self.runtime.dp_size})")
+        parallel, context = config.parallel, config.parallel.context_parallel_size
+        self._say(f"policy: {int(parameters) // (self.runtime.dp_size * context) / 1e6:.1f} M parameters on {self.runtime.world_size} ranks "
+                  f"(TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size} x CP{context} x DP{self.runtime.dp_size})")
 
     def _open_data(self) -> None:
         config = self.config
@@ -218,16 +215,7 @@ class Trainer:
         return self._schedule(batches, count, rows, forward_only=False)
 
     def _schedule(self, batches: Iterator[Microbatch], count: int, rows: int, *, forward_only: bool) -> dict[str, float]:
-        device, objective, has_reference = self.runtime.device, self.config.objective, self.policy.reference_active
-
-        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
-            batch = next(iterator)
-            token_ce = model(attention_mask=None, **batch.model_inputs(device))
-            return token_ce, partial(blend_loss, inputs=batch.loss_inputs(device), objective=objective, has_reference=has_reference)
-
-        parts = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=batches, model=[self.model], num_microbatches=count,
-            seq_length=self.config.seq_length, micro_batch_size=rows * (2 if has_reference else 1), forward_only=forward_only)
+        parts = forward_backward(self.config, self.runtime, self.policy, self.model, batches, count, rows, forward_only=forward_only)
         return merge_sums({key: value.item() for key, value in part.items()} for part in parts)
 
     def _replayed(self, step: int, stream: StepStream) -> list[Any]:
@@ -238,7 +226,7 @@ class Trainer:
 
     def _finalize(self, model: Any, num_pairs: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Megatron's gradient reduction; afterwards ``num_pairs`` is that of the whole global batch."""
-        finalize_model_grads(model, num_pairs, **kwargs)
+        finalize_gradients(model, num_pairs, **kwargs)
         self.global_pairs = int(num_pairs)
 
     def _update(self) -> float | None:
@@ -289,10 +277,12 @@ class Trainer:
     # -- beside the step ----------------------------------------------------------------------------------------
 
     def _eval_pairs(self) -> int:
-        """Held-out pairs of one evaluation, rounded up to whole microbatches on every replica."""
+        """Held-out pairs of one evaluation, rounded up to whole microbatches (interleaved: groups of them) on every replica."""
         if not self.config.train.eval_interval:
             return 0
-        unit = self.config.train.micro_batch_size * self.runtime.dp_size
+        parallel = self.config.parallel
+        group = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
+        unit = self.config.train.micro_batch_size * self.runtime.dp_size * group
         return -(-self.config.train.eval_pairs // unit) * unit
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -307,6 +297,7 @@ class Trainer:
             outcomes = [original_only(self.valid_pairs[i]) for _, i in zip(range(train.micro_batch_size), pairs)]
             return collate(outcomes, self.config.data.prefix_length, self.config.data.suffix_length, paired=False, nll_on="suffix")
 
+        self.policy.gather_params()
         self.policy.reference_active = False
         self.model.eval()
         count = share // train.micro_batch_size
