@@ -46,6 +46,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     """Megatron's view of ``config.model`` and ``config.parallel``."""
     model, parallel = config.model, config.parallel
     dtype = _DTYPES[model.params_dtype]
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -66,6 +67,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=runtime_module.virtual_pipeline_size(config),
+        # Two stages that interleave are each other's next and previous; sent in one batch, activations and gradients would be mixed up.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
