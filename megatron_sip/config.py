@@ -63,8 +63,16 @@ class ModelSection(Section):
 class ParallelSection(Section):
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
     pipeline_model_parallel_size: int = Field(1, ge=1, description="Ranks that share the stack of layers.")
+    virtual_pipeline_model_parallel_size: int = Field(1, ge=1, description="Chunks of layers on each pipeline rank; more than 1 is the interleaved schedule.")
+    context_parallel_size: int = Field(1, ge=1, description="Ranks that share each sequence.")
     sequence_parallel: bool = Field(False, description="Split activations between tensor parallel layers along the sequence.")
-    use_distributed_optimizer: bool = Field(False, description="Split optimizer state over data parallel ranks.")
+    use_distributed_optimizer: bool = Field(False, description="Split optimizer state over data (and context) parallel ranks.")
+    overlap_grad_reduce: bool = Field(False, description="Reduce gradients while the backward pass goes on (distributed optimizer only).")
+    overlap_param_gather: bool = Field(False, description="Gather new weights while the next forward pass goes on (needs overlap_grad_reduce).")
+    ddp_bucket_size: int | None = Field(None, ge=1, description="Parameters that overlapped communication sends at once (default: Megatron's, at least 40 million).")
+    recompute_granularity: Literal["full", "selective"] | None = Field(None, description="Recompute in the backward pass: whole layers (full) or attention only (selective) instead of keeping activations.")
+    recompute_method: Literal["uniform", "block"] | None = Field(None, description="full: all layers in units of `recompute_num_layers` (uniform), or only that many of a chunk (block).")
+    recompute_num_layers: int | None = Field(None, ge=1, description="full: layers of a unit (uniform), or of a chunk (block).")
     distributed_timeout_minutes: float = Field(10.0, gt=0, description="Deadline of every collective and of every wait for another rank.")
 
 
@@ -279,7 +287,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         ConfigError: for an impossible layout, with the arithmetic in the message.
     """
     model, parallel, train = config.model, config.parallel, config.train
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
     problems = []
 
     def divides(what: str, value: int, by: str, divisor: int, remedy: str) -> bool:
@@ -288,30 +297,63 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         problems.append(f"{what} = {value} is not divisible by {by} = {divisor} (remainder {value % divisor}); {remedy}")
         return False
 
-    if not divides("world size", world_size, "tensor x pipeline parallel size", tp * pp,
-                   f"start a multiple of {tp} x {pp} = {tp * pp} processes or change parallel.*"):
+    names, sizes, replica = "tensor x pipeline", f"{tp} x {pp}", tp * pp * cp
+    if cp > 1:
+        names, sizes = f"{names} x context", f"{sizes} x {cp}"
+    if not divides("world size", world_size, f"{names} parallel size", replica, f"start a multiple of {sizes} = {replica} processes or change parallel.*"):
         raise ConfigError(problems[0])
-    dp = world_size // (tp * pp)
+    dp = world_size // replica
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     divides("model.num_attention_heads", heads, "tensor_model_parallel_size", tp, "change one of them")
     divides("model.num_query_groups", groups, "tensor_model_parallel_size", tp, "change one of them")
     divides("model.num_attention_heads", heads, "model.num_query_groups", groups, "change one of them")
     divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads, "change one of them")
     divides("model.ffn_hidden_size", model.ffn_hidden_size, "tensor_model_parallel_size", tp, "change one of them")
-    divides("model.num_layers", model.num_layers, "pipeline_model_parallel_size", pp, "change one of them")
-    divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
-            train.micro_batch_size * dp, "change train.global_batch_size or train.micro_batch_size")
+    if virtual == 1:
+        divides("model.num_layers", model.num_layers, "pipeline_model_parallel_size", pp, "change one of them")
+    elif pp == 1:
+        problems.append(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs pipeline_model_parallel_size > 1")
+    else:
+        divides("model.num_layers", model.num_layers, f"pipeline x virtual pipeline parallel size = {pp} x {virtual}", pp * virtual, "change one of them")
+    if divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
+               train.micro_batch_size * dp, "change train.global_batch_size or train.micro_batch_size") and virtual > 1:
+        divides("microbatches of a step", train.global_batch_size // (train.micro_batch_size * dp), "pipeline_model_parallel_size", pp,
+                "the interleaved schedule takes them in such groups: change train.global_batch_size or train.micro_batch_size")
+    if cp > 1:
+        divides("data.prefix_length + data.suffix_length", config.seq_length, "2 x context_parallel_size", 2 * cp,
+                "each rank takes two pieces of the sequence: change the lengths")
     if parallel.sequence_parallel:
         if tp == 1:
             problems.append("parallel.sequence_parallel needs tensor_model_parallel_size > 1")
-        divides("data.prefix_length + data.suffix_length", config.seq_length, "tensor_model_parallel_size", tp,
+        divides("data.prefix_length + data.suffix_length", config.seq_length,
+                "tensor_model_parallel_size" if cp == 1 else f"tensor x context parallel size = {tp} x {cp}", tp * cp,
                 "sequence parallel splits the sequence evenly: change the lengths")
-    if config.pool.rollouts and config.rollout.engine == "in_process" and tp * pp > 1 and not config.debug.replaying:
-        problems.append(f"rollout.engine=in_process samples within one process, but tensor x pipeline parallel size = {tp} x {pp} = {tp * pp}; "
+    problems += _overlap_problems(parallel) + _recompute_problems(parallel)
+    if config.pool.rollouts and config.rollout.engine == "in_process" and replica > 1 and not config.debug.replaying:
+        problems.append(f"rollout.engine=in_process samples within one process, but {names} parallel size = {sizes} = {replica}; "
                         "set rollout.engine=vllm")
     if problems:
         raise ConfigError("\n".join(problems))
     return dp
+
+
+def _overlap_problems(parallel: ParallelSection) -> list[str]:
+    problems = [f"parallel.{name} needs parallel.use_distributed_optimizer=true" for name in ("overlap_grad_reduce", "overlap_param_gather")
+                if getattr(parallel, name) and not parallel.use_distributed_optimizer]
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        problems.append("parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true")
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
+        problems.append("parallel.ddp_bucket_size means nothing without parallel.overlap_grad_reduce=true")
+    return problems
+
+
+def _recompute_problems(parallel: ParallelSection) -> list[str]:
+    method, layers = parallel.recompute_method, parallel.recompute_num_layers
+    if parallel.recompute_granularity == "full":
+        return [] if method and layers else ["parallel.recompute_granularity=full needs recompute_method (uniform or block) and recompute_num_layers"]
+    if method or layers:
+        return ["parallel.recompute_method and recompute_num_layers belong to recompute_granularity=full; unset them or set it"]
+    return []
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> RunConfig:

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sip.policy.context_parallel import causal_mask, gather_keys_and_values
 
 
 class RMSNorm(torch.nn.Module):
@@ -33,27 +36,36 @@ class RMSNorm(torch.nn.Module):
 
 
 class CausalAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d)) v with a causal mask, through torch's scaled_dot_product_attention. Grouped queries share keys."""
+    """softmax(q k^T / sqrt(d)) v with a causal mask, through torch's scaled_dot_product_attention. Grouped queries share keys.
+
+    Under context parallelism queries stay where they are and keys and values are gathered.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
-                 attention_dropout: float | None = None, softmax_scale: float | None = None, **_: Any) -> None:
+                 pg_collection: ProcessGroupCollection, attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 **_: Any) -> None:
         super().__init__()
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if attn_mask_type != AttnMaskType.causal or dropout:
             raise ValueError(f"CausalAttention knows no mask but the causal one and no dropout, got {attn_mask_type} and {dropout}")
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
                 attn_mask_type: AttnMaskType | None = None, attention_bias: torch.Tensor | None = None,
                 packed_seq_params: Any = None) -> torch.Tensor:
-        """[s, b, heads, d], [s, b, groups, d] twice -> [s, b, heads * d].
+        """[s, b, heads, d], [s, b, groups, d] twice -> [s, b, heads * d], s being this rank's part of the sequence.
 
         Raises:
             ValueError: for a mask, a bias or packed sequences, which would otherwise be silently ignored.
         """
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise ValueError("CausalAttention takes no attention mask, bias or packed sequences; pass attention_mask=None")
+        mask = None
+        if self.cp_group.size() > 1:
+            key, value = gather_keys_and_values(key, value, self.cp_group)
+            mask = causal_mask(key.size(0), self.cp_group, query.device)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale,
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
                                                  enable_gqa=query.size(1) != key.size(1))
         return context.permute(2, 0, 1, 3).reshape(context.size(2), context.size(0), -1)

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_sip.config import ConfigError, RunConfig
+from megatron_sip.policy.model import DataParallel
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _HYPERPARAMETERS = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "wd_mult", "lr_mult")
 
 
-def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def build_optimizer(config: RunConfig, model: DataParallel) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW (fp32 main weights under bfloat16) and its schedule.
 
     ``scheduler.step(increment=1)`` follows each optimizer step. As in Megatron-LM the first step of a warm-up has rate 0.
@@ -40,8 +40,8 @@ def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> tuple[
         optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay, clip_grad=settings.clip_grad,
         adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_eps=settings.adam_eps,
         bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-    ), [model], use_gloo_process_groups=False)
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer, overlap_param_gather=config.parallel.overlap_param_gather,
+    ), list(model), use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             _allocate_state(part.optimizer)

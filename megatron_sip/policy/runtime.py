@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core import utils as megatron_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
@@ -44,7 +45,7 @@ class Runtime:
         device: where parameters and batches live.
         rank, world_size: of all processes.
         dp_rank, dp_size: which model replica this is part of, of how many.
-        tp_rank, pp_rank: place inside the model replica.
+        tp_rank, pp_rank, cp_rank: place inside the model replica.
         store: key-value store shared by all ranks, for small messages; waits end after ``timeout``.
         timeout: deadline of every collective and store wait.
     """
@@ -56,15 +57,14 @@ class Runtime:
     dp_size: int
     tp_rank: int
     pp_rank: int
-    is_first_stage: bool
-    is_last_stage: bool
+    cp_rank: int
     store: dist.Store
     timeout: timedelta
 
     @property
     def is_lead(self) -> bool:
         """True on the one rank of a model replica that talks to the network."""
-        return self.tp_rank == 0 and self.pp_rank == 0
+        return self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0
 
 
 def start(config: RunConfig) -> Runtime:
@@ -90,6 +90,8 @@ def start(config: RunConfig) -> Runtime:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config),
+        context_parallel_size=config.parallel.context_parallel_size,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
@@ -98,9 +100,14 @@ def start(config: RunConfig) -> Runtime:
         device=device, rank=rank, world_size=world_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(), pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        is_first_stage=parallel_state.is_pipeline_first_stage(), is_last_stage=parallel_state.is_pipeline_last_stage(),
-        store=store, timeout=timeout,
+        cp_rank=parallel_state.get_context_parallel_rank(), store=store, timeout=timeout,
     )
+
+
+def virtual_pipeline_size(config: RunConfig) -> int | None:
+    """Chunks of the model on each pipeline rank, or None: Megatron's word for the schedule that is not interleaved."""
+    size = config.parallel.virtual_pipeline_model_parallel_size
+    return size if size > 1 else None
 
 
 def stop() -> None:
@@ -135,7 +142,7 @@ def _join(rank: int, world_size: int, timeout: timedelta, backend: str) -> dist.
 
 
 def _seed(seed: int, on_gpu: bool) -> None:
-    """Same seed on all tensor and data parallel ranks, another one on each pipeline stage (stages hold different layers)."""
+    """Same seed on all tensor, context and data parallel ranks, another one on each pipeline stage (stages hold different layers)."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -159,15 +166,15 @@ def transformer_engine_available() -> bool:
     return True
 
 
-def transformer_impl_specs(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of this pipeline stage: Transformer Engine's where it runs, else Megatron's own with our norm and attention core."""
+def transformer_impl_specs(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Layers of one chunk of this pipeline stage: Transformer Engine's where it runs, else Megatron's own with our norm and attention core."""
     if transformer_engine_available():
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
 
 
 def transformer_switches() -> dict[str, Any]:
@@ -219,7 +226,7 @@ class _TorchOnCpu:
         return getattr(torch, name)
 
     @staticmethod
-    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    def tensor(data: Any, *, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         return torch.tensor(data, **kwargs)
 
     @staticmethod
@@ -228,13 +235,16 @@ class _TorchOnCpu:
 
 
 def patch_factories() -> None:
-    """Schedules, optimizers and gradient clipping create scalars with ``device="cuda"`` written out: send them to the CPU."""
-    for module in (schedules, megatron_optimizer, clip_grads, megatron_utils):
+    """Schedules, optimizers and gradient clipping create scalars with ``device="cuda"`` written out: send them to the CPU.
+
+    Under context parallelism the rotary embedding pins an index in memory, which needs a GPU too.
+    """
+    for module in (schedules, megatron_optimizer, clip_grads, megatron_utils, rope_utils):
         module.torch = _TorchOnCpu()
 
 
 def patch_tensor_cuda() -> None:
-    """A model with tied embeddings moves its output weight with ``Tensor.cuda()`` before it is shared between stages: stay."""
+    """Tied embeddings on two stages and the rotary index under context parallelism are moved with ``Tensor.cuda()``: stay."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
@@ -256,4 +266,11 @@ def patch_tensor_type() -> None:
     torch.Tensor.type = type_
 
 
-CPU_PATCHES = (patch_current_device, patch_synchronize, patch_factories, patch_tensor_cuda, patch_tensor_type)
+def patch_rng_state() -> None:
+    """Recomputing activations saves and restores the state of CUDA's generator; the CPU's, saved beside it, is the only one."""
+    random_module = tensor_parallel.random
+    random_module._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.empty(0, dtype=torch.uint8)
+    random_module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
+
+
+CPU_PATCHES = (patch_current_device, patch_synchronize, patch_factories, patch_tensor_cuda, patch_tensor_type, patch_rng_state)

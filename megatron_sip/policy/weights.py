@@ -1,6 +1,6 @@
 """Weights between Megatron and Hugging Face's Llama.
 
-In: a policy (any tensor and pipeline parallel layout) or a dict of tensors under Hugging Face's names. Out: the other one.
+In: a policy (any layout) or a dict of tensors under Hugging Face's names. Out: the other one.
 
 Megatron fuses what Hugging Face keeps apart: query, key and value rows are interleaved by query group, gate and up
 projection lie one above the other on each tensor parallel rank, and the vocabulary is padded. :func:`_pieces` describes
@@ -47,9 +47,10 @@ def _pieces(policy: Policy, config: RunConfig) -> Iterator[_Piece]:
     groups = (model.num_query_groups or model.num_attention_heads) // config.parallel.tensor_model_parallel_size
     queries = model.num_attention_heads // (model.num_query_groups or model.num_attention_heads)
     head_dim = model.hidden_size // model.num_attention_heads
-    if policy.pre_process:
-        yield _Piece(_EMBEDDING, policy.embedding.word_embeddings.weight.data, 0)
-    for layer in policy.decoder.layers:
+    first, last = policy[0], policy[-1]
+    if first.pre_process:
+        yield _Piece(_EMBEDDING, first.embedding.word_embeddings.weight.data, 0)
+    for layer in (layer for chunk in policy for layer in chunk.decoder.layers):
         at = f"model.layers.{layer.layer_number - 1}."
         attention, mlp = layer.self_attention, layer.mlp
         qkv = attention.linear_qkv.weight.data.view(groups, queries + 2, head_dim, model.hidden_size)
@@ -63,12 +64,12 @@ def _pieces(policy: Policy, config: RunConfig) -> Iterator[_Piece]:
         yield _Piece(at + "mlp.down_proj.weight", mlp.linear_fc2.weight.data, 1)
         yield _Piece(at + "input_layernorm.weight", _norm(layer.input_layernorm, attention.linear_qkv), None)
         yield _Piece(at + "post_attention_layernorm.weight", _norm(layer.pre_mlp_layernorm, mlp.linear_fc1), None)
-    if policy.post_process:
-        yield _Piece(_FINAL_NORM, policy.decoder.final_layernorm.weight.data, None)
-        if not policy.share_embeddings_and_output_weights:
-            yield _Piece(_OUTPUT, policy.output_layer.weight.data, 0)
-        elif not policy.pre_process:  # the last stage's copy of tied embeddings
-            yield _Piece(_EMBEDDING, policy.output_layer.weight.data, 0)
+    if last.post_process:
+        yield _Piece(_FINAL_NORM, last.decoder.final_layernorm.weight.data, None)
+        if not last.share_embeddings_and_output_weights:
+            yield _Piece(_OUTPUT, last.output_layer.weight.data, 0)
+        elif not last.pre_process:  # the last stage's copy of tied embeddings
+            yield _Piece(_EMBEDDING, last.output_layer.weight.data, 0)
 
 
 def _norm(norm: torch.nn.Module, linear: torch.nn.Module) -> Tensor:
@@ -101,7 +102,7 @@ def hf_views(policy: Policy, config: RunConfig, vocab_size: int) -> dict[str, Te
     """The live weights under Hugging Face's names, in a run of one process a model replica.
 
     Views without a copy, but for query, key and value where there is more than one query group. Call it again after
-    an optimizer step.
+    an optimizer step (and ``policy.gather_params()`` before it).
 
     Raises:
         ValueError: the model is split over ranks; use :func:`gather_hf_state`.
@@ -114,12 +115,15 @@ def hf_views(policy: Policy, config: RunConfig, vocab_size: int) -> dict[str, Te
 def gather_hf_state(policy: Policy, config: RunConfig, vocab_size: int) -> dict[str, Tensor] | None:
     """The whole model under Hugging Face's names, in main memory of its lead rank; None on the other ranks.
 
-    All ranks of the model replica call it. Tensors may be views of live weights: use them before the next step.
+    All ranks of the model replica call it, after ``policy.gather_params()`` on all ranks of the run. Tensors may be views of
+    live weights: use them before the next step.
     """
     tp, pp = policy.pg_collection.tp, policy.pg_collection.pp
+    if policy.pg_collection.cp.rank() != 0:  # those ranks hold the same weights
+        return None
     mine: dict[str, Tensor] = {}
     for piece in _pieces(policy, config):
-        if piece.name == _EMBEDDING and not policy.pre_process:
+        if piece.name == _EMBEDDING and pp.rank() != 0:
             continue
         whole = _gather(piece.tensor, piece.split, tp)
         if whole is not None:
@@ -132,10 +136,10 @@ def gather_hf_state(policy: Policy, config: RunConfig, vocab_size: int) -> dict[
         return None
     state = {name: tensor.cpu() for name, tensor in mine.items()}
     device, dtype = next(policy.parameters()).device, next(policy.parameters()).dtype
-    per_stage = config.model.num_layers // pp.size()
+    per_chunk = config.model.num_layers // (pp.size() * len(policy))
     for name, shape in hf_shapes(config, vocab_size).items():
         if name not in state:
-            stage = int(name.split(".")[2]) // per_stage if name.startswith("model.layers.") else pp.size() - 1
+            stage = int(name.split(".")[2]) // per_chunk % pp.size() if name.startswith("model.layers.") else pp.size() - 1
             received = torch.empty(shape, dtype=dtype, device=device)
             dist.recv(received, src=dist.get_global_rank(pp, stage), group=pp)
             state[name] = received.cpu()

@@ -164,7 +164,7 @@ class Saver:
         final, what = files.folder_of(config.run.dir, progress.step), f"checkpoint of step {progress.step}"
         state = _sharded_state(self._policy, self._optimizer, self._scheduler, loading=False)
         parallel = config.parallel
-        shares = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * (runtime.dp_size if parallel.use_distributed_optimizer else 1)
+        shares = runtime.world_size if parallel.use_distributed_optimizer else parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         aside = _together(runtime, lambda: files.prepare(final, _bytes(state) * shares), what, only_rank=0)
         meta = {**asdict(progress), **self._identity, "layout": _layout(config, runtime), "has_reference": self._policy.reference is not None}
         pending = _Pending(final, aside, meta, time.monotonic() + 60 * config.checkpoint.timeout_minutes)
@@ -330,12 +330,16 @@ def _bytes(state: Any) -> int:
 
 def _layout(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     parallel = config.parallel
+    optional = {name: getattr(parallel, name) for name in ("virtual_pipeline_model_parallel_size", "context_parallel_size")}
     return {"tensor_model_parallel_size": parallel.tensor_model_parallel_size, "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-            "data_parallel_size": runtime.dp_size, "use_distributed_optimizer": parallel.use_distributed_optimizer}
+            "data_parallel_size": runtime.dp_size, "use_distributed_optimizer": parallel.use_distributed_optimizer,
+            **{name: size for name, size in optional.items() if size > 1}}
 
 
 def _words(layout: dict[str, Any]) -> str:
-    return (f"TP{layout['tensor_model_parallel_size']} x PP{layout['pipeline_model_parallel_size']} x DP{layout['data_parallel_size']}"
+    chunks, context = layout.get("virtual_pipeline_model_parallel_size"), layout.get("context_parallel_size")
+    return (f"TP{layout['tensor_model_parallel_size']} x PP{layout['pipeline_model_parallel_size']}" + (f" in {chunks} chunks" if chunks else "")
+            + (f" x CP{context}" if context else "") + f" x DP{layout['data_parallel_size']}"
             + (" with distributed optimizer" if layout["use_distributed_optimizer"] else ""))
 
 

@@ -136,8 +136,9 @@ class Trainer:
         self.saver = Saver(config, self.runtime, self.policy, self.optimizer, self.scheduler, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
         parameters = torch.tensor(sum(p.numel() for p in self.policy.parameters()), dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(parameters)
-        self._say(f"policy: {int(parameters) // self.runtime.dp_size / 1e6:.1f} M parameters on {self.runtime.world_size} ranks "
-                  f"(TP{config.parallel.tensor_model_parallel_size} x PP{config.parallel.pipeline_model_parallel_size} x DP{self.runtime.dp_size})")
+        parallel, context = config.parallel, config.parallel.context_parallel_size
+        self._say(f"policy: {int(parameters) // (self.runtime.dp_size * context) / 1e6:.1f} M parameters on {self.runtime.world_size} ranks "
+                  f"(TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size} x CP{context} x DP{self.runtime.dp_size})")
 
     def _open_data(self) -> None:
         config = self.config

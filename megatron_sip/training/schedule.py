@@ -5,19 +5,20 @@ In: a maker of microbatches on the lead. Out: gradients in the model's buffers, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from megatron_sip.config import RunConfig
 from megatron_sip.data.pairs import Pair, Pairs
 from megatron_sip.objective.blend import blend_loss
-from megatron_sip.policy.model import Policy
+from megatron_sip.policy.model import DataParallel, Policy, finalize_gradients
 from megatron_sip.policy.runtime import Runtime
 from megatron_sip.pool import ORIGINAL, Candidate, Dropped, Preference
 from megatron_sip.training.exchange import Exchange
@@ -29,7 +30,7 @@ from megatron_sip.training.plan import StepPlan
 class Schedule:
     """All ranks call every method together."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy, model: DataParallel, optimizer: MegatronOptimizer) -> None:
         self._config, self._runtime, self._policy, self._model, self._optimizer = config, runtime, policy, model, optimizer
         peers = runtime.world_size // runtime.dp_size - 1
         self._exchange = Exchange(runtime.store, runtime.dp_rank, peers, runtime.is_lead, runtime.timeout, f"rank {runtime.rank}")
@@ -39,7 +40,7 @@ class Schedule:
 
     def _finalize(self, model: Any, num_pairs: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Megatron's gradient reduction; afterwards ``num_pairs`` is that of the whole global batch."""
-        finalize_model_grads(model, num_pairs, **kwargs)
+        finalize_gradients(model, num_pairs, **kwargs)
         self.global_pairs = int(num_pairs)
 
     @property
@@ -73,7 +74,7 @@ class Schedule:
         """No NaN or Inf in this rank's reduced gradient (True when no pair carried loss: then nothing is made of it)."""
         if self.global_pairs == 0:
             return True
-        buffers = [*self._model.buffers, *self._model.expert_parallel_buffers]
+        buffers = [buffer for chunk in self._model for buffer in chunk.buffers]
         return all(bool(torch.isfinite(torch.linalg.vector_norm(buffer.grad_data, ord=float("inf")))) for buffer in buffers)
 
     def heldout_loss(self, step: int, pairs: Pairs) -> dict[str, float]:
@@ -86,6 +87,7 @@ class Schedule:
             outcomes = [_original_only(pairs[i]) for _, i in zip(range(train.micro_batch_size), numbers)]
             return collate(outcomes, data.prefix_length, data.suffix_length, paired=False, nll_on="suffix")
 
+        self._policy.gather_params()
         self._policy.reference_active = False
         self._model.eval()
         count = share // train.micro_batch_size
@@ -95,24 +97,39 @@ class Schedule:
         return {f"eval {key}": value for key, value in merge_sums(parts).items() if key in ("loss/nll", "n/valid")}
 
     def _run(self, batches: Iterator[Microbatch], count: int, rows: int, *, forward_only: bool) -> list[dict[str, float]]:
-        device, objective, has_reference = self._runtime.device, self._config.objective, self._policy.reference_active
-
-        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
-            batch = next(iterator)
-            token_ce = model(attention_mask=None, **batch.model_inputs(device))
-            return token_ce, partial(blend_loss, inputs=batch.loss_inputs(device), objective=objective, has_reference=has_reference)
-
-        parts = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=batches, model=[self._model], num_microbatches=count,
-            seq_length=self._config.seq_length, micro_batch_size=rows * (2 if has_reference else 1), forward_only=forward_only)
+        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, rows, forward_only=forward_only)
         return [{key: value.item() for key, value in part.items()} for part in parts]
 
 
+def forward_backward(config: RunConfig, runtime: Runtime, policy: Policy, model: DataParallel, batches: Iterator[Microbatch], count: int,
+                     rows: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
+    """Run ``count`` microbatches of ``rows`` sequences each; every rank of the replica calls it.
+
+    Returns:
+        Per microbatch the sums of :func:`blend_loss`; empty but on the last pipeline stage. Tensor and context parallel ranks
+        of that stage return the same.
+    """
+    device, has_reference = runtime.device, policy.reference_active
+
+    def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module):
+        batch = next(iterator)
+        token_ce = chunk(attention_mask=None, **batch.model_inputs(device))
+        return token_ce, partial(blend_loss, inputs=batch.loss_inputs(device), objective=config.objective, has_reference=has_reference)
+
+    chunks = list(model)
+    iterators = list(itertools.tee(batches, len(chunks)))  # every chunk of a rank sees every microbatch
+    return get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iterators, model=chunks, num_microbatches=count, seq_length=config.seq_length,
+        micro_batch_size=rows * (2 if has_reference else 1), forward_only=forward_only)
+
+
 def heldout_pairs(config: RunConfig, dp_size: int) -> int:
-    """Held-out pairs of one evaluation, rounded up to whole microbatches on every replica; 0 if there is none."""
+    """Held-out pairs of one evaluation, rounded up to whole microbatches (interleaved: groups of them) on every replica; 0 if there is none."""
     if not config.train.eval_interval:
         return 0
-    unit = config.train.micro_batch_size * dp_size
+    parallel = config.parallel
+    group = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
+    unit = config.train.micro_batch_size * dp_size * group
     return -(-config.train.eval_pairs // unit) * unit
 
 

@@ -65,6 +65,7 @@ class RunServices:
     def sync(self, policy: Policy, version: int) -> str | None:
         """Make the current weights the ones that write; collective. Returns what went wrong, the same on every rank."""
         engine = self.for_stream.engine
+        policy.gather_params()
         if self._config.rollout.engine == "in_process":
             engine.sync(version)
             return None

@@ -67,11 +67,11 @@ def reference_beside_policy(output: Path) -> None:
     run.step()  # now they differ
     batch = tokens()
     call = (batch[:, :-1], torch.arange(SEQUENCE).expand(PAIRS, -1), None)
-    both = policy(*call, labels=batch[:, 1:])
+    both = policy[0](*call, labels=batch[:, 1:])
     policy.reference_active = False
-    alone = policy(*call, labels=batch[:, 1:])
+    alone = policy[0](*call, labels=batch[:, 1:])
     with torch.no_grad():
-        frozen = reference(*call, labels=batch[:, 1:])
+        frozen = reference[0](*call, labels=batch[:, 1:])
     assert torch.equal(both, torch.cat([alone, frozen])) and not torch.equal(alone, frozen)
 
     gradients = [torch.autograd.grad(loss, list(policy.parameters())) for loss in (both.sum(), alone.sum())]
@@ -107,10 +107,10 @@ def padding_gets_no_probability(output: Path) -> None:
     run = Run(make_config())
     assert run.policy.vocab_size == 192
     with torch.no_grad():
-        run.policy.output_layer.weight[VOCAB:] = 100.0  # would dominate
+        run.policy[0].output_layer.weight[VOCAB:] = 100.0  # would dominate
         call = (tokens()[:, :-1], torch.arange(SEQUENCE).expand(PAIRS, -1), None)
-        total = torch.stack([torch.exp(-run.policy(*call, labels=torch.full_like(call[0], token))) for token in range(VOCAB)]).sum(0)
-        logits = run.policy(*call)
+        total = torch.stack([torch.exp(-run.policy[0](*call, labels=torch.full_like(call[0], token))) for token in range(VOCAB)]).sum(0)
+        logits = run.policy[0](*call)
     assert torch.allclose(total, torch.ones_like(total), atol=1e-5), total
     assert torch.equal(logits[..., VOCAB:], torch.full_like(logits[..., VOCAB:], torch.finfo(torch.float32).min))
 
@@ -294,7 +294,7 @@ def _hugging_face(output: Path, shape: str) -> None:
     assert model.config.eos_token_id is None and model.config.vocab_size == VOCAB
     batch = tokens()[:, :-1]
     with torch.no_grad():
-        ours = run.policy(batch, torch.arange(SEQUENCE).expand(PAIRS, -1), None)[..., :VOCAB]
+        ours = run.policy[0](batch, torch.arange(SEQUENCE).expand(PAIRS, -1), None)[..., :VOCAB]
         theirs = model(batch).logits
     difference = (ours - theirs).abs().max().item()
     assert difference <= 1e-5, f"logits differ by {difference}"
@@ -325,7 +325,7 @@ def hugging_face_bf16(output: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = tokens()
     with torch.no_grad():
-        ours = -run.policy(batch[:, :-1], torch.arange(SEQUENCE).expand(PAIRS, -1), None, labels=batch[:, 1:])
+        ours = -run.policy[0](batch[:, :-1], torch.arange(SEQUENCE).expand(PAIRS, -1), None, labels=batch[:, 1:])
         theirs = model(batch[:, :-1]).logits.float().log_softmax(-1).gather(-1, batch[:, 1:, None])[..., 0]
     return (ours - theirs).abs().max().item()
 

@@ -69,7 +69,7 @@ class Run:
         batch = tokens()[self.runtime.dp_rank * mine:][:mine]
         width = 2 * MICRO if self.policy.reference_active else MICRO
         return get_forward_backward_func()(
-            forward_step_func=self._forward, data_iterator=iter(batch.split(MICRO)), model=[self.model], num_microbatches=mine // MICRO,
+            forward_step_func=self._forward, data_iterator=[iter(batch.split(MICRO)) for _ in self.model], model=list(self.model), num_microbatches=mine // MICRO,
             seq_length=SEQUENCE, micro_batch_size=width, forward_only=False)
 
     def _forward(self, batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple:
@@ -98,6 +98,7 @@ class Run:
         return {"policy": total[0].item(), "reference": total[1].item(), "norm": float(norm)}
 
     def weights(self) -> dict[str, torch.Tensor] | None:
+        self.policy.gather_params()
         state = gather_hf_state(self.policy, self.config, VOCAB)
         return None if state is None else {name: tensor.clone() for name, tensor in state.items()}
 

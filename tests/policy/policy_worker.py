@@ -1,4 +1,4 @@
-"""Runs scenarios of ``policy_scenarios.py`` in this process, one of WORLD_SIZE; started by ``policy_spawn.py``, not by pytest.
+"""Runs scenarios of ``policy_scenarios.py`` and ``policy_layouts.py`` in this process, one of WORLD_SIZE; started by ``policy_spawn.py``, not by pytest.
 
     policy_worker.py OUTPUT_DIR SCENARIO:PORT:PORT:PORT ...
 
@@ -21,6 +21,7 @@ import torch
 def main() -> None:
     warnings.filterwarnings("ignore")
     faulthandler.dump_traceback_later(100, repeat=True)  # a process that hangs says where in its log
+    import policy_layouts
     import policy_scenarios as scenarios
 
     output = Path(sys.argv[1])
@@ -29,7 +30,8 @@ def main() -> None:
         scenarios.PORTS[:] = ports
         scenarios.next_port()
         try:
-            found = {"result": getattr(scenarios, name)(output), "error": None}
+            scenario = getattr(scenarios, name, None) or getattr(policy_layouts, name)
+            found = {"result": scenario(output), "error": None}
         except Exception:
             found = {"result": None, "error": traceback.format_exc()}
         finally:
