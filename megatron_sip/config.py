@@ -93,6 +93,7 @@ class TrainSection(Section):
     train_iters: int = Field(21000, ge=1, description="Optimizer steps of the whole run.")
     global_batch_size: int = Field(256, ge=1, description="Pairs a step, over all data parallel ranks.")
     micro_batch_size: int = Field(4, ge=1, description="Pairs a microbatch (a pair with a rejected candidate is two sequences).")
+    staleness: Literal[0, 1] = Field(0, description="0: rollouts are written by the weights that train on them. 1: the next step's rollouts, rewrites and questions are under way while this step trains, so they are of the weights one step before.")
     order: Literal["arrival", "fixed"] = Field("arrival", description="arrival: microbatches train in the order in which they are judged; fixed: in the order of the data (bitwise repeatable).")
     eval_interval: int = Field(500, ge=0, description="Steps between evaluations of the held-out suffix loss; 0 switches it off.")
     eval_pairs: int = Field(512, ge=1, description="Held-out pairs of one evaluation.")
