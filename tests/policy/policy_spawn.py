@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-LAYOUTS_OF_TWO = ("tp2", "tp2_sp", "pp2", "dp2", "dp2_distributed")
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent.parent
 
