@@ -44,19 +44,19 @@ def one(folder: Path, two: Outcome) -> Outcome:
 @pytest.fixture(scope="session")
 def alone(folder: Path) -> Outcome:
     """One process: what all layouts are compared with, and how far rounding alone goes."""
-    return spawn(1, [*(f"layout_{name}" for name in ONE), "rounding", "attention_calls"], folder, timeout=500)
+    return spawn(1, [*(f"layout_{name}" for name in ONE), "rounding", "attention_calls"], folder)
 
 
 @pytest.fixture(scope="session")
 def pairs_of_processes(folder: Path) -> Outcome:
-    return spawn(2, [*(f"layout_{name}" for name in TWO), "overlap_dispatches", "same_split_as_megatron"], folder, timeout=500)
+    return spawn(2, [*(f"layout_{name}" for name in TWO), "overlap_dispatches", "same_split_as_megatron"], folder)
 
 
 @pytest.fixture(scope="session")
 def four_processes(folder: Path) -> Outcome:
-    return spawn(4, [f"layout_{name}" for name in FOUR], folder, timeout=500)
+    return spawn(4, [f"layout_{name}" for name in FOUR], folder)
 
 
 @pytest.fixture(scope="session")
 def faults(folder: Path) -> Outcome:
-    return spawn(2, [f"broken_{name}" for name in BROKEN], folder, timeout=500)
+    return spawn(2, [f"broken_{name}" for name in BROKEN], folder)
