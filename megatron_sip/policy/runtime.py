@@ -45,7 +45,7 @@ class Runtime:
         device: where parameters and batches live.
         rank, world_size: of all processes.
         dp_rank, dp_size: which model replica this is part of, of how many.
-        tp_rank, pp_rank, cp_rank: place inside the model replica.
+        tp_rank, pp_rank, cp_rank: place inside the model replica; all its ranks train the same pairs.
         store: key-value store shared by all ranks, for small messages; waits end after ``timeout``.
         timeout: deadline of every collective and store wait.
     """

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-LAYOUTS_OF_TWO = ("tp2", "tp2_sp", "pp2", "dp2", "dp2_distributed")
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent.parent
 
@@ -34,7 +33,7 @@ class Outcome:
         return found["result"]
 
 
-def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 240) -> Outcome:
+def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 500) -> Outcome:
     """Run scenarios one after the other in ``world_size`` processes, which are all gone afterwards."""
     ports = iter(_free_ports(3 * len(scenarios)))
     command = [sys.executable, str(_HERE / "policy_worker.py"), str(output), *(f"{name}:{next(ports)}:{next(ports)}:{next(ports)}" for name in scenarios)]
