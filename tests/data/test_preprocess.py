@@ -424,9 +424,9 @@ def test_filters_that_cannot_be_read_are_refused(tmp_path, tokenizer_model, flag
 class _Differs(Encoder):
     """Gives a wrong id for texts with a certain word, which no test of hard texts holds."""
 
-    def encode(self, text):
-        ids = super().encode(text)
-        return ids[::-1] if self.name == "gigatoken" and "xylophone" in text else ids
+    def encode(self, data):
+        ids = super().encode(data)
+        return ids[::-1] if self.name == "gigatoken" and b"xylophone" in data else ids
 
 
 def test_an_engine_that_differs_in_the_corpus_loses_all_it_did(tmp_path, tokenizer_model, monkeypatch):
