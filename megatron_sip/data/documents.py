@@ -50,14 +50,18 @@ class BadDocument(ValueError):
 
 
 def split_lines(block: Block) -> list[Any]:
-    """Lines of a block (bytes), or its rows (objects)."""
+    """Lines of a block (views of its bytes), or its rows (objects)."""
     if block.rows:
         import pyarrow
 
         return pyarrow.ipc.open_stream(block.data).read_all().to_pylist()
-    lines = block.data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    lines, view, begin = [], memoryview(block.data), 0
+    while begin < len(view):
+        end = block.data.find(b"\n", begin)
+        if end < 0:
+            end = len(view)
+        lines.append(view[begin:end])
+        begin = end + 1
     return lines
 
 
@@ -79,10 +83,11 @@ def read_documents(lines: Sequence[Any], rows: bool, keys: Sequence[str], subset
             yield Skipped(number, str(error))
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: memoryview) -> dict[str, Any] | None:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
+        line = bytes(line)
         # What orjson refuses and JSON allows: halves of a character (\ud83d), NaN. Also the better messages.
         if not line.strip():
             return None
