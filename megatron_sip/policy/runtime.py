@@ -10,6 +10,7 @@ on a CPU, each with its reason; none is applied where CUDA is present.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import random
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core import utils as megatron_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import clip_grads
@@ -182,6 +183,15 @@ def transformer_switches() -> dict[str, Any]:
     }
 
 
+# --------------------------------------------------------------------------- what differs between versions of Megatron-Core
+
+# Keywords of ``dist_checkpointing.save`` for a request that an AsyncCallsQueue takes. From 0.17 on Megatron would ask for
+# nvidia-resiliency-ext, whose queue is another one, unless its own writer is named.
+ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    ASYNC_SAVE["async_strategy"] = "mcore"
+
+
 # --------------------------------------------------------------------------- patches, applied on a CPU only
 
 
@@ -193,6 +203,11 @@ def patch_current_device() -> None:
 def patch_synchronize() -> None:
     """Saving a checkpoint and exchanging tensors between pipeline stages wait for CUDA's streams; a CPU has none."""
     torch.cuda.synchronize = lambda device=None: None
+
+
+def patch_current_stream() -> None:
+    """From 0.17 on the gradient reduction asks for ``torch.cuda.current_stream()`` to wait for CUDA graphs: name the CPU's stream, which never waits."""
+    torch.cuda.current_stream = torch.cpu.current_stream
 
 
 class _TorchOnCpu:
@@ -243,4 +258,4 @@ def patch_tensor_type() -> None:
     torch.Tensor.type = type_
 
 
-CPU_PATCHES = (patch_current_device, patch_synchronize, patch_factories, patch_tensor_cuda, patch_tensor_type)
+CPU_PATCHES = (patch_current_device, patch_synchronize, patch_current_stream, patch_factories, patch_tensor_cuda, patch_tensor_type)
