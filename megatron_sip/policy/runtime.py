@@ -15,6 +15,7 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -190,6 +191,14 @@ def transformer_switches() -> dict[str, Any]:
 ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     ASYNC_SAVE["async_strategy"] = "mcore"
+
+
+def written_by_newer_megatron(checkpoint: Path) -> bool:
+    """True for a whole checkpoint that this Megatron-Core cannot read: 0.16 wants common.pt, whose content newer ones keep among the tensors."""
+    if "async_strategy" in ASYNC_SAVE or (checkpoint / "common.pt").exists():
+        return False
+    metadata = checkpoint / ".metadata"
+    return metadata.exists() and b"common_state" in metadata.read_bytes()
 
 
 # --------------------------------------------------------------------------- patches, applied on a CPU only

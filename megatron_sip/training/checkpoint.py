@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sip.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_sip.policy.model import Policy, make_reference, reference_sharded_state_dict
 from megatron_sip.policy.optimizer import load_optimizer_state, optimizer_sharded_state
-from megatron_sip.policy.runtime import Runtime
+from megatron_sip.policy.runtime import Runtime, written_by_newer_megatron
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # Settings that may differ between a checkpoint and the run that resumes it: they change where things are or how fast, not what is trained.
@@ -137,9 +137,11 @@ def load(checkpoint: Path, config: RunConfig, policy: Policy, optimizer: Megatro
     """Restore everything from ``checkpoint``; all ranks call it.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or a newer Megatron-Core wrote them.
     """
     meta = read_meta(checkpoint)
+    if written_by_newer_megatron(checkpoint):
+        raise CheckpointError(f"{checkpoint} was written by a newer Megatron-Core than this one, which cannot read it; go on with the newer one")
     if meta["has_reference"]:
         make_reference(policy, config)
     try:
