@@ -260,7 +260,7 @@ def _train_and_save(output: Path, name: str, shape: str = "gqa", **parallel: Any
 
 def patches_one(output: Path) -> dict[str, str]:
     """Must run first in its process: the parent never applies a patch."""
-    names = ("none", "patch_current_device", "patch_factories", "patch_tensor_type", "patch_synchronize", "patch_rng_state")
+    names = ("none", "patch_current_device", "patch_factories", "patch_tensor_type", "patch_synchronize", "patch_current_stream", "patch_rng_state")
     return {name: _without(name, lambda: _train_and_save(output, name, **LAYOUTS["one_recompute"])) for name in names}
 
 
