@@ -301,7 +301,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     names, sizes, replica = "tensor x pipeline", f"{tp} x {pp}", tp * pp * cp
     if cp > 1:
         names, sizes = f"{names} x context", f"{sizes} x {cp}"
-    if not divides("world size", world_size, f"{names} parallel size", replica, f"start a multiple of {sizes} = {replica} processes or change parallel.*"):
+    if not divides("world size", world_size, f"{names} parallel size", replica,
+                   f"start a multiple of {sizes} = {replica} processes or change parallel.*"):
         raise ConfigError(problems[0])
     dp = world_size // replica
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
@@ -315,7 +316,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     elif pp == 1:
         problems.append(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs pipeline_model_parallel_size > 1")
     else:
-        divides("model.num_layers", model.num_layers, f"pipeline x virtual pipeline parallel size = {pp} x {virtual}", pp * virtual, "change one of them")
+        divides("model.num_layers", model.num_layers, f"pipeline x virtual pipeline parallel size = {pp} x {virtual}", pp * virtual,
+                "change one of them")
     if divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
                train.micro_batch_size * dp, "change train.global_batch_size or train.micro_batch_size") and virtual > 1:
         divides("microbatches of a step", train.global_batch_size // (train.micro_batch_size * dp), "pipeline_model_parallel_size", pp,

@@ -95,7 +95,8 @@ BROKEN: dict[str, tuple[str, list[tuple[Any, str, Any]]]] = {
     "contiguous_rotary_positions": ("cp2", [(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _contiguous_positions)]),
     "reference_not_synced": ("pp2_vpp2", [(model.Policy, "sync_reference", _never_again)]),
     "reference_gets_policys_states": ("pp2_vpp2", [(model.Chunk, "set_input_tensor", _reference_gets_policys_states)]),
-    "gradients_not_awaited": ("dp2_overlap", [(BucketGroup, "start_grad_sync", _start_remembering), (BucketGroup, "finish_grad_sync", _finish_too_late)]),
+    "gradients_not_awaited": ("dp2_overlap", [(BucketGroup, "start_grad_sync", _start_remembering),
+                                              (BucketGroup, "finish_grad_sync", _finish_too_late)]),
     "weights_not_gathered": ("dp2_overlap", [(model.Policy, "gather_params", lambda policy: None)]),
 }
 

@@ -69,8 +69,8 @@ class Run:
         batch = tokens()[self.runtime.dp_rank * mine:][:mine]
         width = 2 * MICRO if self.policy.reference_active else MICRO
         return get_forward_backward_func()(
-            forward_step_func=self._forward, data_iterator=[iter(batch.split(MICRO)) for _ in self.model], model=list(self.model), num_microbatches=mine // MICRO,
-            seq_length=SEQUENCE, micro_batch_size=width, forward_only=False)
+            forward_step_func=self._forward, data_iterator=[iter(batch.split(MICRO)) for _ in self.model], model=list(self.model),
+            num_microbatches=mine // MICRO, seq_length=SEQUENCE, micro_batch_size=width, forward_only=False)
 
     def _forward(self, batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple:
         batch = next(batches)

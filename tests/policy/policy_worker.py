@@ -1,4 +1,5 @@
-"""Runs scenarios of ``policy_scenarios.py``, ``policy_layouts.py`` and ``policy_faults.py`` in this process, one of WORLD_SIZE; started by ``policy_spawn.py``, not by pytest.
+"""Runs scenarios of ``policy_scenarios.py``, ``policy_layouts.py`` and ``policy_faults.py`` in this process, one of WORLD_SIZE;
+started by ``policy_spawn.py``, not by pytest.
 
     policy_worker.py OUTPUT_DIR SCENARIO:PORT:PORT:PORT ...
 
