@@ -3,10 +3,14 @@
 In: the data parallel model. Out: ``optimizer.step() -> (success, gradient norm, None)`` and a scheduler in units of steps.
 
 Without Transformer Engine or Apex, Megatron falls back to torch's AdamW, whose state differs from theirs in one entry,
-``step``. The faults which that causes when a checkpoint is loaded are repaired here.
+``step``. The faults which that causes when a checkpoint is loaded are repaired here, and one of the distributed optimizer with
+more than one bucket when a checkpoint is saved.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -63,7 +67,8 @@ def optimizer_sharded_state(optimizer: MegatronOptimizer, model_state: ShardedSt
     Args:
         model_state: the very ``policy.sharded_state_dict()`` that is saved or loaded beside it.
     """
-    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
+    with _padding_kept(optimizer):
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
     inner = state.get("optimizer", state).get("state")
     if inner and not is_loading and any(isinstance(part.optimizer, torch.optim.AdamW) for part in optimizer.chained_optimizers):
         inner.setdefault("common_step", torch.tensor(0.0))  # Megatron leaves a step of 0 out, and torch cannot load without
@@ -85,6 +90,26 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: ShardedStateDict) 
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             _separate_steps(part.optimizer)
+
+
+@contextlib.contextmanager
+def _padding_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Megatron gathers the state without the padding between buckets, but looks parameters up at offsets that count it.
+
+    Everything behind a padded bucket would be saved shifted, so meanwhile padding counts as content. Buckets are several with
+    overlapped communication, and with tied embeddings on two stages.
+    """
+    buffers = [buffer for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
+    sizes = [(buffer, buffer.numel) for buffer in buffers]
+    sizes += [(bucket, bucket.grad_data.numel()) for buffer in buffers for bucket in buffer.buckets]
+    unpadded = [holder.numel_unpadded for holder, _ in sizes]
+    try:
+        for holder, size in sizes:
+            holder.numel_unpadded = size
+        yield
+    finally:
+        for (holder, _), size in zip(sizes, unpadded, strict=True):
+            holder.numel_unpadded = size
 
 
 def _allocate_state(adam: torch.optim.AdamW) -> None:

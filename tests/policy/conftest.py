@@ -21,7 +21,7 @@ def two(folder: Path) -> Outcome:
     return spawn(2, [
         "patches_two",
         "round_trip_tp2", "round_trip_pp2_tied", "round_trip_pp2_vpp2_tied", "round_trip_dp2_distributed", "round_trip_dp2_distributed_bf16",
-        "round_trip_cp2_overlap",
+        "round_trip_pp2_tied_distributed", "round_trip_cp2_overlap", "round_trip_cp2_overlap_tied", "without_kept_padding",
         "reload_tp2_as_pp2", "reload_tp2_as_pp2_vpp2", "reload_pp2_tied_as_tp2", "reload_pp2_vpp2_tied_as_tp2", "reload_dp2_distributed_as_tp2",
     ], folder)
 

@@ -234,7 +234,7 @@ def test_from_hf_refuses_what_the_policy_cannot_be(exported: Path, tmp_path: Pat
 
 
 def _fitting(**model: object) -> RunConfig:
-    settings = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2,
+    settings = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2,
                 "max_position_embeddings": 64, **model}
     return RunConfig.model_validate({"model": settings, "data": {"prefix_length": 8, "suffix_length": 8},
                                      "pool": {"rewrite": False, "rollouts": 0}, "objective": {"dpo_weight": 0}})
@@ -246,8 +246,8 @@ def test_init_folder_names_each_differing_setting(exported: Path) -> None:
     check_init_folder(folder, _fitting(max_position_embeddings=32), VOCAB)  # shorter than trained for is fine
     with pytest.raises(ConfigError) as error:
         check_init_folder(folder, _fitting(num_layers=3, untie_embeddings_and_output_weights=False), VOCAB)
-    assert "model.num_layers is 3, the weights have 2" in str(error.value)
-    assert "use: model.num_layers=2 model.untie_embeddings_and_output_weights=true" in str(error.value)
+    assert "model.num_layers is 3, the weights have 4" in str(error.value)
+    assert "use: model.num_layers=4 model.untie_embeddings_and_output_weights=true" in str(error.value)
     with pytest.raises(ConfigError, match="vocabulary of 130, the tokenizer one of 600"):
         check_init_folder(folder, _fitting(), 600)
 

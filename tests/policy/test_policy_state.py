@@ -12,7 +12,8 @@ def test_one_process_goes_on_bitwise(one: Outcome, name: str) -> None:
     one.result(f"round_trip_{name}")
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2_tied", "pp2_vpp2_tied", "dp2_distributed", "dp2_distributed_bf16", "cp2_overlap"])
+@pytest.mark.parametrize("name", ["tp2", "pp2_tied", "pp2_tied_distributed", "pp2_vpp2_tied", "dp2_distributed", "dp2_distributed_bf16",
+                                  "cp2_overlap", "cp2_overlap_tied"])
 def test_two_processes_go_on_bitwise(two: Outcome, name: str) -> None:
     for rank in (0, 1):
         two.result(f"round_trip_{name}", rank)
@@ -47,3 +48,7 @@ def test_repair_of_shared_step_is_needed(one: Outcome) -> None:
 
 def test_repair_of_state_before_the_first_step_is_needed(one: Outcome) -> None:
     one.result("without_allocated_state")
+
+
+def test_repair_of_padding_between_buckets_is_needed(two: Outcome) -> None:
+    assert "exp_avg" in two.result("without_kept_padding")
