@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 130
+NEWER = not metadata.version("megatron-core").startswith("0.16")
 
 
 def test_hugging_face_round_trip_and_logits(one: Outcome) -> None:
@@ -183,7 +184,9 @@ def _refused(output: Path, *arguments: object, keeps: bool = False) -> str:
 
 
 def _one_error(stderr: str, output: Path, keeps: bool = False) -> str:
-    assert stderr.startswith("error: ") and "Traceback" not in stderr, stderr
+    # Newer versions of Megatron-Core, and torch built for CUDA, log a line or two while they start.
+    before, mark, _ = stderr.partition("error: ")
+    assert mark and "Traceback" not in stderr and (not before or NEWER and before.endswith("\n")), stderr
     assert output.exists() == keeps and not list(output.parent.glob(f".{output.name}*"))
     return stderr
 
@@ -208,7 +211,7 @@ def test_export_of_a_damaged_checkpoint_is_one_error(checkpoint: Path, tmp_path:
     assert "cannot be loaded" in _one_error(found.stderr, tmp_path / "out")
 
 
-@pytest.mark.skipif(not metadata.version("megatron-core").startswith("0.16"), reason="newer ones read both")
+@pytest.mark.skipif(NEWER, reason="newer ones read both")
 def test_export_of_a_newer_megatrons_checkpoint_says_so(checkpoint: Path, tmp_path: Path) -> None:
     newer = tmp_path / "iter_0000002"
     shutil.copytree(checkpoint, newer)

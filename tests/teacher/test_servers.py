@@ -128,6 +128,7 @@ def test_torchruns_environment_and_a_strangers_key_are_not_handed_on(monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
 def test_an_early_death_quotes_the_log(tmp_path):
     servers = LocalServers("./no/such/model", 1, log_dir=tmp_path, name="teacher", extra_args=["--max-model-len", "64"])
     servers.start()
@@ -142,6 +143,7 @@ def test_an_early_death_quotes_the_log(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
 def test_a_server_that_does_not_come_up_in_time_is_given_up_and_stopped(tmp_path):
     servers = LocalServers("m", 1, log_dir=tmp_path, name="teacher", ready_timeout=1.0)
     servers.start()

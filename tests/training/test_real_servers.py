@@ -44,6 +44,7 @@ def _processes() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
 def test_a_teacher_that_cannot_start_is_told_with_its_log(world, tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "megatron_sip.train", "--config", str(world.config), f"run.dir={tmp_path / 'run'}", f"teacher.model={tmp_path}", "teacher.ready_timeout=180"],
