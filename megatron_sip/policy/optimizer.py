@@ -19,6 +19,7 @@ from megatron_sip.config import ConfigError, RunConfig
 from megatron_sip.policy.model import DataParallel
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")  # the same for all groups here
 _HYPERPARAMETERS = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "wd_mult", "lr_mult")
 
 
@@ -75,6 +76,9 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: ShardedStateDict) 
     Learning rate, betas, epsilon and weight decay stay those of the configuration.
     """
     settings = [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
+    for saved in state.get("optimizer", state)["param_groups"]:
+        # Megatron-Core 0.17 and newer find a group's saved twin by its rates too.
+        saved.update({key: optimizer.param_groups[0][key] for key in _RATES if key in optimizer.param_groups[0]})
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)

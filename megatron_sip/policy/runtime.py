@@ -10,17 +10,19 @@ on a CPU, each with its reason; none is applied where CUDA is present.
 from __future__ import annotations
 
 import functools
+import inspect
 import multiprocessing
 import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core import utils as megatron_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings import rope_utils
@@ -45,7 +47,7 @@ class Runtime:
         device: where parameters and batches live.
         rank, world_size: of all processes.
         dp_rank, dp_size: which model replica this is part of, of how many.
-        tp_rank, pp_rank, cp_rank: place inside the model replica.
+        tp_rank, pp_rank, cp_rank: place inside the model replica; all its ranks train the same pairs.
         store: key-value store shared by all ranks, for small messages; waits end after ``timeout``.
         timeout: deadline of every collective and store wait.
     """
@@ -202,6 +204,23 @@ def use_forked_results_queue() -> None:
     filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
 
 
+# --------------------------------------------------------------------------- what differs between versions of Megatron-Core
+
+# Keywords of ``dist_checkpointing.save`` for a request that an AsyncCallsQueue takes. From 0.17 on Megatron would ask for
+# nvidia-resiliency-ext, whose queue is another one, unless its own writer is named.
+ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    ASYNC_SAVE["async_strategy"] = "mcore"
+
+
+def written_by_newer_megatron(checkpoint: Path) -> bool:
+    """True for a whole checkpoint that this Megatron-Core cannot read: 0.16 wants common.pt, whose content newer ones keep among the tensors."""
+    if "async_strategy" in ASYNC_SAVE or (checkpoint / "common.pt").exists():
+        return False
+    metadata = checkpoint / ".metadata"
+    return metadata.exists() and b"common_state" in metadata.read_bytes()
+
+
 # --------------------------------------------------------------------------- patches, applied on a CPU only
 
 
@@ -213,6 +232,11 @@ def patch_current_device() -> None:
 def patch_synchronize() -> None:
     """Saving a checkpoint and exchanging tensors between pipeline stages wait for CUDA's streams; a CPU has none."""
     torch.cuda.synchronize = lambda device=None: None
+
+
+def patch_current_stream() -> None:
+    """From 0.17 on the gradient reduction asks for ``torch.cuda.current_stream()`` to wait for CUDA graphs: name the CPU's stream, which never waits."""
+    torch.cuda.current_stream = torch.cpu.current_stream
 
 
 class _TorchOnCpu:
@@ -273,4 +297,4 @@ def patch_rng_state() -> None:
     random_module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
 
 
-CPU_PATCHES = (patch_current_device, patch_synchronize, patch_factories, patch_tensor_cuda, patch_tensor_type, patch_rng_state)
+CPU_PATCHES = (patch_current_device, patch_synchronize, patch_current_stream, patch_factories, patch_tensor_cuda, patch_tensor_type, patch_rng_state)

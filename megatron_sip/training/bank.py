@@ -1,6 +1,7 @@
 """What was judged, on disk: the bank of a run, and record and replay for debugging.
 
-    RUN/bank/step_0000012/dp0.jsonl     a line for each pool of replica 0 that was judged in step 12, in the order of arrival
+    RUN/bank/step_0000012/dp0.jsonl     a line for each pool of replica 0 that was judged for step 12, in the order of arrival;
+                                        with train.staleness=1 also one for the rollouts of each pair, when they are written
 
 In: judged pools. Out: the same, after a restart.
 
@@ -22,6 +23,7 @@ import os
 import shutil
 import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from megatron_sip.training.jsonl import JsonLines, cut, read_jsonl
 
 
 class Bank:
-    """Judged pools of one replica. ``put`` may be called from any thread.
+    """Judged pools of one replica: a page for each step.
 
     Args:
         run_dir: of the run.
@@ -45,34 +47,74 @@ class Bank:
 
     def __init__(self, run_dir: Path, replica: int, settings: str, accept: frozenset[str] = frozenset()) -> None:
         self._folder, self._replica, self._settings = run_dir / "bank", replica, settings
-        self._accept = accept or {settings}
-        self._lock = threading.Lock()
-        self._file: Any = None
-        self._step = 0
+        self._accept = accept or frozenset({settings})
 
-    def open(self, step: int) -> dict[PairId, tuple[Pool, Scores | None]]:
-        """Begin a step; returns what was judged for it before a restart, in the order of arrival.
+    def page(self, step: int) -> Page:
+        """What is known of a step, and where more of it is kept."""
+        return Page(self._folder / f"step_{step:07d}", f"dp{self._replica}.jsonl", self._settings, self._accept)
 
-        Files of all replicas are read: the layout may have changed. Lines that are torn, damaged or of other settings are left out.
-        """
-        with self._lock:
-            self._close()
-            folder = self._folder / f"step_{step:07d}"
-            found: dict[PairId, tuple[Pool, Scores | None]] = {}
-            for file in sorted(folder.glob("dp*.jsonl"), key=lambda f: (f.name != self._name, f.name)):
-                for line in file.read_bytes().splitlines(keepends=True):
-                    entry = self._read(line)
-                    if entry is not None:
-                        found.setdefault(entry[0].pair, entry)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._step, self._file = step, open(folder / self._name, "ab")
-            if self._file.tell() and not _ends_a_line(folder / self._name):
-                self._file.write(b"\n")
-            return found
+    def forget_until(self, step: int) -> None:
+        """Remove entries of steps up to ``step``. For one rank of the run."""
+        for folder in self._folder.glob("step_*"):
+            if int(folder.name.removeprefix("step_")) <= step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class Page:
+    """One step of one replica. :meth:`put` and :meth:`put_rollouts` may be called from any thread; after :meth:`close` they do nothing.
+
+    Attributes:
+        pools: pair -> pool and scores that were judged before a restart, in the order of arrival.
+        rollouts: pair -> rollouts that were written before a restart.
+
+    Files of all replicas are read: the layout may have changed. Lines that are torn, damaged or of other settings are left out.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: str, accept: frozenset[str]) -> None:
+        self._settings, self._accept, self._lock = settings, accept, threading.Lock()
+        self.pools: dict[PairId, tuple[Pool, Scores | None]] = {}
+        self.rollouts: dict[PairId, list[dict[str, Any]]] = {}
+        for file in sorted(folder.glob("dp*.jsonl"), key=lambda f: (f.name != name, f.name)):
+            for line in file.read_bytes().splitlines(keepends=True):
+                self._read(line)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: Any = open(folder / name, "ab")
+        if self._file.tell() and not _ends_a_line(folder / name):
+            self._file.write(b"\n")
 
     def put(self, pool: Pool, scores: Scores | None) -> None:
-        """Keep a judged pool of the step that is open."""
-        record = {"settings": self._settings, "pool": asdict(pool), "scores": None if scores is None else asdict(scores)}
+        """Keep a judged pool."""
+        self._write({"pool": asdict(pool), "scores": None if scores is None else asdict(scores)})
+
+    def put_rollouts(self, pair: PairId, rollouts: Sequence[Any]) -> None:
+        """Keep rollouts (dataclasses) whose weights will be gone after a restart."""
+        self._write({"pair": asdict(pair), "rollouts": [asdict(rollout) for rollout in rollouts]})
+
+    def sync(self) -> None:
+        """Bring what was put to the disk."""
+        with self._lock:
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+
+    def forget(self) -> None:
+        """Remove this replica's entries of the step: they are of no use to anybody."""
+        with self._lock:
+            if self._file is not None:
+                self._file.truncate(0)
+                os.fsync(self._file.fileno())
+                self._close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        record["settings"] = self._settings
         try:
             text = orjson.dumps(record)
         except TypeError:  # half a surrogate pair in a server's answer
@@ -82,47 +124,18 @@ class Bank:
                 self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
                 self._file.flush()
 
-    def sync(self) -> None:
-        """Bring what was put to the disk."""
-        with self._lock:
-            if self._file is not None:
-                os.fsync(self._file.fileno())
-
-    def forget_step(self) -> None:
-        """Remove this replica's entries of the open step: they are of no use to anybody."""
-        with self._lock:
-            if self._file is not None:
-                self._file.truncate(0)
-                os.fsync(self._file.fileno())
-                self._close()
-
-    def forget_until(self, step: int) -> None:
-        """Remove entries of steps up to ``step``. For one rank of the run."""
-        for folder in self._folder.glob("step_*"):
-            if int(folder.name.removeprefix("step_")) <= step:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def close(self) -> None:
-        with self._lock:
-            self._close()
-
-    @property
-    def _name(self) -> str:
-        return f"dp{self._replica}.jsonl"
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _read(self, line: bytes) -> tuple[Pool, Scores | None] | None:
+    def _read(self, line: bytes) -> None:
         checksum, _, text = line.rstrip(b"\n").partition(b" ")
         if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
-            return None
+            return
         record = json.loads(text)
         if record["settings"] not in self._accept:
-            return None
-        return Pool.from_json(record["pool"]), None if record["scores"] is None else Scores.from_json(record["scores"])
+            return
+        if "pool" in record:
+            pool = Pool.from_json(record["pool"])
+            self.pools.setdefault(pool.pair, (pool, None if record["scores"] is None else Scores.from_json(record["scores"])))
+        else:
+            self.rollouts.setdefault(PairId(**record["pair"]), record["rollouts"])
 
 
 def _ends_a_line(path: Path) -> bool:

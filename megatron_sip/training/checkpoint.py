@@ -37,7 +37,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sip.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_sip.policy.model import Policy, make_reference, reference_sharded_state_dict
 from megatron_sip.policy.optimizer import load_optimizer_state, optimizer_sharded_state
-from megatron_sip.policy.runtime import Runtime, use_forked_results_queue
+from megatron_sip.policy.runtime import ASYNC_SAVE, Runtime, use_forked_results_queue, written_by_newer_megatron
 from megatron_sip.training import checkpoint_files as files
 from megatron_sip.training.checkpoint_files import CheckpointError
 
@@ -171,7 +171,7 @@ class Saver:
 
         def start() -> None:
             use_forked_results_queue()
-            pending.request = dist_checkpointing.save(state, str(aside), ("torch_dist", 1), async_sharded_save=True)
+            pending.request = dist_checkpointing.save(state, str(aside), **ASYNC_SAVE)
             if pending.request.async_fn is None:
                 return  # this rank has nothing that another one does not write
             arguments = list(pending.request.async_fn_args)
@@ -259,9 +259,11 @@ def load(checkpoint: Path, config: RunConfig, policy: Policy, optimizer: Megatro
     """Restore everything from ``checkpoint``; all ranks call it.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or a newer Megatron-Core wrote them.
     """
     meta = files.read_meta(checkpoint)
+    if written_by_newer_megatron(checkpoint):
+        raise CheckpointError(f"{checkpoint} was written by a newer Megatron-Core than this one, which cannot read it; go on with the newer one")
     if meta["has_reference"]:
         make_reference(policy, config)
     try:

@@ -65,6 +65,8 @@ class Trainer:
         self.bank: Bank | None = None
         self.replay: Replay | None = None
         self._writing = False  # some rank's checkpoint writer is at work
+        self._streams: dict[int, StepStream] = {}  # steps whose pools are under way; on leads
+        self._opened = 0  # the last step whose pools were begun
 
     # -- life of a run ------------------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class Trainer:
         """Stop everything that was started. May be called twice."""
         self.watch.close()
         self.services.close()
-        for part in (self.saver, self.records, self.bank):
+        for part in (self.saver, self.records, *self._streams.values()):
             if part is not None:
                 part.close()
 
@@ -170,14 +172,12 @@ class Trainer:
             self.progress.recent_losses = []  # another loss begins
         self._sync_reference(step, plan)
         synced = time.monotonic()
-        if plan.rollouts and not self.config.debug.replaying:
-            with self.watch.during(f"step {step}: handing weights to the rollout engine", self._patience() + self.config.rollout.request_timeout):
-                problem = self.services.sync(self.policy, step)
-            if problem is not None:
-                return problem
-        sync_seconds = time.monotonic() - synced
+        problem = self._hand_over_weights(step)
+        if problem is not None:
+            return problem
+        sync_seconds, opened = time.monotonic() - synced, self._open_streams(step)
+        stream = self._streams.pop(step, None)
 
-        stream = self._stream(step, plan) if self.runtime.is_lead else None
         training = time.monotonic()
         # One process waits for its own teacher as long as that answers; with others around, the lead gives up before them.
         limit = 2 * self._patience() if self.runtime.world_size > 1 else float("inf")
@@ -195,10 +195,13 @@ class Trainer:
         self._advance(step, verdict)
         if stream is not None:
             self.records.trained(step, stream, skipped=verdict.problem is not None)
+            stream.close()
         with self.watch.during(f"step {step}: evaluation", self._patience()):
             heldout = self._evaluate(step)
         waited = stream.waited if stream else 0.0
-        own = {"time/rollout": stream.generating if stream else 0.0, "time/wait_judge": waited, "time/train": train_seconds - waited, "time/sync": sync_seconds}
+        self._wait_for_rollouts(step)
+        own = {"time/rollout": sum(each.generating for each in opened), "time/wait_judge": waited, "time/train": train_seconds - waited,
+               "time/sync": sync_seconds}
         if verdict.problem is None and grad_norm is not None:
             own["grad_norm"] = grad_norm
         with self.watch.during(f"step {step}: gathering metrics", self._patience()):
@@ -206,28 +209,65 @@ class Trainer:
                               time.monotonic() - began)
         return None
 
-    def _stream(self, step: int, plan: StepPlan) -> StepStream:
+    @property
+    def _ahead(self) -> int:
+        """Steps whose pools are made while the one before trains."""
+        return 0 if self.config.debug.replaying or self.config.debug.generate_only else self.config.train.staleness
+
+    def _steps_to_open(self, step: int) -> list[int]:
+        """Steps whose pools begin with the weights from which ``step`` starts; the same on every rank."""
+        last = min(step + self._ahead, self.config.train.train_iters)
+        return list(range(max(step, self._opened + 1), last + 1))
+
+    def _hand_over_weights(self, step: int) -> str | None:
+        """Make the weights from which ``step`` starts the ones that write. Returns what went wrong, the same on every rank."""
+        if self.config.debug.replaying or not any(plan_step(self.config, each).rollouts for each in self._steps_to_open(step)):
+            return None
+        with self.watch.during(f"step {step}: handing weights to the rollout engine", self._patience() + self.config.rollout.request_timeout):
+            return self.services.sync(self.policy, step)
+
+    def _open_streams(self, step: int) -> list[StepStream]:
+        """Begin with the pools of ``step`` and, with ``train.staleness``, of the next one; on leads."""
+        steps = self._steps_to_open(step)
+        self._opened = max([self._opened, *steps])
+        streams = {each: self._stream(each) for each in steps} if self.runtime.is_lead else {}
+        self._streams |= streams
+        return list(streams.values())
+
+    def _stream(self, step: int) -> StepStream:
+        plan = plan_step(self.config, step)
         # With other ranks around, the lead must not wait longer than they do.
         patience = _MARGIN * self.runtime.timeout.total_seconds() if self.runtime.world_size > 1 else float("inf")
-        stream = StepStream(self.config, step, plan, self._my_pairs(), self.services.for_stream, self.bank if plan.asks else None, patience, self._stopping)
+        page = self.bank.page(step) if self.bank is not None and plan.asks else None
+        stream = StepStream(self.config, step, plan, self._pairs_of(step), self.services.for_stream, page, patience, self._stopping)
         if self.replay is None:
             stream.start()
         else:
             stream.hand_out([Judged(self.replay.outcome(step, pair.id)) for pair in stream.pairs])
         return stream
 
-    def _my_pairs(self) -> list[Pair]:
-        """This replica's share of the step: a contiguous slice, fixed by the cursor."""
-        share = self.config.train.global_batch_size // self.runtime.dp_size
-        first = self.progress.consumed_pairs + self.runtime.dp_rank * share
+    def _pairs_of(self, step: int) -> list[Pair]:
+        """This replica's share of a step to come: a contiguous slice, fixed by the cursor."""
+        batch = self.config.train.global_batch_size
+        share = batch // self.runtime.dp_size
+        first = self.progress.consumed_pairs + (step - self.progress.step - 1) * batch + self.runtime.dp_rank * share
         return [self.train_pairs[i] for i in range(first, first + share)]
+
+    def _wait_for_rollouts(self, step: int) -> None:
+        """The next weights must not reach the engine before it has written what it was asked for; and a checkpoint of this step wants
+        the next one's rollouts in the bank, since a resume cannot write them with these weights."""
+        with self.watch.during(f"step {step}: waiting for rollouts of the next step", self._patience() + self.config.rollout.request_timeout):
+            for stream in self._streams.values():
+                stream.written.wait()
 
     def _report(self, stream: StepStream | None, parts: list[dict[str, float]], sums: dict[str, float]) -> StepReport:
         """What this rank saw of the step."""
         lost = stream.failure if stream is not None else None
         failure = None if lost is None else f"{type(lost).__name__}: {lost}"
         tolerance, tokens = self.config.rollout.logprob_tolerance, sums.get("n/rollout_tokens", 0.0)
-        other_weights = tokens > 0 and not self.config.debug.replaying and sums["rollout/logprob_diff"] / tokens > tolerance
+        # Rollouts of older weights differ; that they are of the right ones is then left to the versions that the engine reports.
+        comparable = tokens > 0 and not self.config.debug.replaying and self._ahead == 0
+        other_weights = comparable and sums["rollout/logprob_diff"] / tokens > tolerance
         if other_weights and failure is None:
             failure = (f"rollouts were not written by the policy's weights: their log-probabilities differ from the policy's by "
                        f"{sums['rollout/logprob_diff'] / tokens:.4f} per token on average (largest {sums['max/rollout_logprob_diff']:.4f}, "
@@ -245,8 +285,8 @@ class Trainer:
         self._writing = any(report.writing for report in reports)
         failures = sorted((report.stopped, report.rank, report.failure) for report in reports if report.failure is not None)
         if failures:
-            if self.bank is not None and any(report.other_weights for report in reports):
-                self.bank.forget_step()  # or a resume would train on the same rollouts again
+            if stream is not None and stream.page is not None and any(report.other_weights for report in reports):
+                stream.page.forget()  # or a resume would train on the same rollouts again
             if not failures[0][0]:
                 self.stop_signal = 0  # a lost server or a bad step is told, whatever else was asked
             return failures[0][2], None
@@ -303,10 +343,10 @@ class Trainer:
         """``debug.generate_only``: pools of all steps with the weights as they are, into the bank."""
         while self.progress.step < self.config.train.train_iters and not self.stop_signal:
             step, began = self.progress.step + 1, time.monotonic()
-            plan = plan_step(self.config, step)
-            if plan.rollouts and (problem := self.services.sync(self.policy, step)) is not None:
+            if (problem := self._hand_over_weights(step)) is not None:
                 raise RuntimeError(problem)
-            stream = self._stream(step, plan) if self.runtime.is_lead else None
+            self._open_streams(step)
+            stream = self._streams.pop(step, None)
             if stream is not None:
                 stream.take(len(stream.pairs))
             problem, _ = self._agree(step, self._report(stream, [], {}), stream)

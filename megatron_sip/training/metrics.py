@@ -26,7 +26,7 @@ _DENOMINATOR = {
     "loss": "n/loss", "loss/nll": "n/valid", "loss/dpo": "n/preferred", "dpo/margin": "n/preferred", "dpo/accuracy": "n/preferred",
     "dpo/chosen_logp": "n/preferred", "dpo/rejected_logp": "n/preferred", "dpo/kl": "n/preferred",
     "rollout/logprob_diff": "n/rollout_tokens", "score/spread": "n/scored", "pool/tie_rate": "n/pooled",
-    "pool/dropped_rate": "n/pairs", **{f"rollout/{name}": "n/rollouts" for name in ("length", "repetition", "distinct_1", "distinct_2", "prefix_overlap")},
+    "pool/dropped_rate": "n/pairs", **{f"rollout/{name}": "n/rollouts" for name in ("length", "repetition", "distinct_1", "distinct_2", "prefix_overlap", "staleness")},
     **{f"{side}/{what}": "n/decided" for side in ("chosen", "rejected") for what in (ORIGINAL, REWRITE, ROLLOUT, "rollout_chance")},
 }
 
@@ -59,8 +59,8 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return shown
 
 
-def pool_sums(judged: Sequence[Judged]) -> dict[str, float]:
-    """Sums over one rank's outcomes of a step: sources beside their chance level, ties, drops, rollouts."""
+def pool_sums(judged: Sequence[Judged], step: int | None = None) -> dict[str, float]:
+    """Sums over one rank's outcomes of ``step``: sources beside their chance level, ties, drops, rollouts and the age of their weights."""
     sums: Counter[str] = Counter()
     sums["n/pairs"] = len(judged)
     sums["pool/dropped_rate"] = 0
@@ -75,6 +75,8 @@ def pool_sums(judged: Sequence[Judged]) -> dict[str, float]:
             for candidate in item.pool.candidates:
                 if candidate.source == ROLLOUT:
                     sums["n/rollouts"] += 1
+                    if step is not None and candidate.weights_version is not None:
+                        sums["rollout/staleness"] += step - candidate.weights_version
                     for name, value in text_statistics(candidate.token_ids, item.pool.prefix_ids).items():
                         sums[f"rollout/{name.replace(' ', '_')}"] += value
     return dict(sums)

@@ -73,7 +73,7 @@ class Records:
         """
         mine = dict(sums)
         if stream is not None:
-            mine |= pool_sums(stream.judged)
+            mine |= pool_sums(stream.judged, step)
             mine["pool/from_bank"] = stream.from_bank
         gathered: list[Any] = [None] * self._runtime.world_size
         dist.all_gather_object(gathered, mine)

@@ -31,14 +31,15 @@ from typing import TYPE_CHECKING
 
 from megatron_sip.config import RunConfig
 from megatron_sip.pool import (ORIGINAL, REWRITE, ROLLOUT, Candidate, Dropped, Pool, Preference, Scores, choose, without_judge)
+from megatron_sip.rollout.engine import Rollout
 from megatron_sip.training.plan import StepPlan
 
 if TYPE_CHECKING:
     from megatron_sip.data.pairs import Pair
     from megatron_sip.data.tokenizer import Tokenizer
-    from megatron_sip.rollout.engine import Rollout, RolloutEngine
+    from megatron_sip.rollout.engine import RolloutEngine
     from megatron_sip.teacher.client import Teacher
-    from megatron_sip.training.bank import Bank
+    from megatron_sip.training.bank import Page
 
 _POLL = 0.5  # seconds between looks at the health of servers while waiting
 
@@ -75,7 +76,7 @@ class StepStream:
     """One step on one model replica. Call :meth:`start`, then :meth:`take` until all pairs have come out.
 
     Attributes:
-        bank: keeps what is judged; None keeps nothing.
+        page: of the bank; keeps what is judged. None keeps nothing.
         patience: seconds that all calls of :meth:`take` together may wait: the other ranks wait as long in a collective.
         stopping: seconds since the run was asked to stop, 0 while it was not.
     """
@@ -85,7 +86,7 @@ class StepStream:
     plan: StepPlan
     pairs: Sequence[Pair]
     services: Services
-    bank: Bank | None = None
+    page: Page | None = None
     patience: float = inf
     stopping: Callable[[], float] = lambda: 0.0
     failure: BaseException | None = None
@@ -93,6 +94,7 @@ class StepStream:
     generating: float = 0.0  # seconds in engine.generate
     judged: list[Judged] = field(default_factory=list)
     from_bank: int = 0  # pools that were judged before a restart
+    written: threading.Event = field(default_factory=threading.Event)  # no rollout is being written any more
 
     def __post_init__(self) -> None:
         self._done: queue.SimpleQueue[tuple[int, Judged | BaseException]] = queue.SimpleQueue()
@@ -114,6 +116,7 @@ class StepStream:
                 self._generate(rewrites)
         except Exception as error:
             self._done.put((-1, error))
+            self.written.set()
 
     def hand_out(self, judged: Sequence[Judged]) -> None:
         """Instead of :meth:`start`: outcomes of all pairs that are known already, in the order of the data."""
@@ -126,9 +129,14 @@ class StepStream:
         self._limit = start + self.patience - self.waited
         outcomes = [self._next() for _ in range(n)]
         self.waited += time.monotonic() - start
-        if self.bank is not None:
-            self.bank.sync()
+        if self.page is not None:
+            self.page.sync()
         return outcomes
+
+    def close(self) -> None:
+        """What is judged from now on is lost."""
+        if self.page is not None:
+            self.page.close()
 
     # -- one pair after the other ---------------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class StepStream:
     def _take_from_bank(self) -> frozenset[int]:
         """Hand out what was judged before a restart, in the order of that time; returns the numbers of the other pairs."""
         numbers = {pair.id: i for i, pair in enumerate(self.pairs)}
-        known = self.bank.open(self.step) if self.bank is not None else {}
+        known = self.page.pools if self.page is not None else {}
         for pair, (pool, scores) in known.items():
             index = numbers.pop(pair, None)
             if index is not None:
@@ -191,16 +199,27 @@ class StepStream:
                 for i in sorted(self._missing):
                     self._when_rewritten(i, rewrites[i], [])
                 return
-            chunk = max(1, self.config.rollout.batch_size // self.plan.rollouts)
+            chunk, kept = max(1, self.config.rollout.batch_size // self.plan.rollouts), self._kept_rollouts()
             for first in range(0, len(self.pairs), chunk):
+                numbers = [i for i in range(first, min(first + chunk, len(self.pairs))) if i in self._missing]
                 # A chunk is written whole or not at all: its composition shapes the rounding of log-probabilities.
-                wanted = [i for i in range(first, min(first + chunk, len(self.pairs))) if i in self._missing]
-                if wanted:
-                    written = self._write(self.pairs[first : first + chunk])
-                    for i in wanted:
-                        self._when_rewritten(i, rewrites[i], written[i - first])
+                written = self._write(self.pairs[first : first + chunk]) if any(i not in kept for i in numbers) else []
+                for i in numbers:
+                    self._when_rewritten(i, rewrites[i], kept.get(i) or self._keep(i, written[i - first]))
         except Exception as error:
             self._done.put((-1, error))
+        finally:
+            self.written.set()
+
+    def _kept_rollouts(self) -> dict[int, list[Rollout]]:
+        """Rollouts that were written before a restart, by weights that may be gone."""
+        known = self.page.rollouts if self.page is not None else {}
+        return {i: [Rollout(tuple(each["token_ids"]), tuple(each["logprobs"]), each["weights_version"]) for each in known[pair.id]] for i, pair in enumerate(self.pairs) if len(known.get(pair.id, ())) == self.plan.rollouts}
+
+    def _keep(self, index: int, rollouts: list[Rollout]) -> list[Rollout]:
+        if self.page is not None and self.config.train.staleness:
+            self.page.put_rollouts(self.pairs[index].id, rollouts)
+        return rollouts
 
     def _write(self, pairs: Sequence[Pair]) -> list[list[Rollout]]:
         began = time.monotonic()
@@ -229,8 +248,8 @@ class StepStream:
             self._judged(index, pool, None)
 
     def _judged(self, index: int, pool: Pool, scores: Scores | None) -> None:
-        if self.bank is not None:
-            self.bank.put(pool, scores)
+        if self.page is not None:
+            self.page.put(pool, scores)
         self._done.put((index, Judged(self._decide(pool, scores), pool, scores)))
 
     def _decide(self, pool: Pool, scores: Scores | None) -> Preference | Dropped:

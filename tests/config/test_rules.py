@@ -131,6 +131,8 @@ def layout_refusal(world_size: int, *overrides: str) -> str:
 
 
 _TP2, _PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+_VPP2, _CP2 = "parallel.virtual_pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"
+_DISTRIBUTED, _OVERLAP = "parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +204,56 @@ _TP2, _PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_p
             "rollout.engine=in_process samples within one process, but tensor x pipeline parallel size = 2 x 2 = 4; "
             "set rollout.engine=vllm",
         ),
+        (
+            6,
+            [_TP2, _CP2],
+            "world size = 6 is not divisible by tensor x pipeline x context parallel size = 4 (remainder 2); "
+            "start a multiple of 2 x 1 x 2 = 4 processes or change parallel.*",
+        ),
+        (
+            2,
+            [_CP2, "rollout.engine=in_process"],
+            "rollout.engine=in_process samples within one process, but tensor x pipeline x context parallel size = 1 x 1 x 2 = 2; "
+            "set rollout.engine=vllm",
+        ),
+        (
+            2,
+            [_CP2, "data.suffix_length=126"],
+            "data.prefix_length + data.suffix_length = 254 is not divisible by 2 x context_parallel_size = 4 (remainder 2); "
+            "each rank takes two pieces of the sequence: change the lengths",
+        ),
+        (
+            6,
+            ["parallel.tensor_model_parallel_size=3", _CP2, "parallel.sequence_parallel=true", "model={hidden_size: 1536, num_attention_heads: 12}",
+             "model.ffn_hidden_size=96"],
+            "data.prefix_length + data.suffix_length = 256 is not divisible by tensor x context parallel size = 3 x 2 = 6 (remainder 4); "
+            "sequence parallel splits the sequence evenly: change the lengths",
+        ),
+        (1, [_VPP2], "parallel.virtual_pipeline_model_parallel_size = 2 needs pipeline_model_parallel_size > 1"),
+        (
+            2,
+            [_PP2, _VPP2, "model.num_layers=26"],
+            "model.num_layers = 26 is not divisible by pipeline x virtual pipeline parallel size = 2 x 2 = 4 (remainder 2); change one of them",
+        ),
+        (
+            2,
+            [_PP2, _VPP2, "train.global_batch_size=12"],
+            "microbatches of a step = 3 is not divisible by pipeline_model_parallel_size = 2 (remainder 1); "
+            "the interleaved schedule takes them in such groups: change train.global_batch_size or train.micro_batch_size",
+        ),
+        (2, [_OVERLAP], "parallel.overlap_grad_reduce needs parallel.use_distributed_optimizer=true"),
+        (2, [_DISTRIBUTED, "parallel.overlap_param_gather=true"], "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true"),
+        (2, ["parallel.ddp_bucket_size=1000000"], "parallel.ddp_bucket_size means nothing without parallel.overlap_grad_reduce=true"),
+        (
+            1,
+            ["parallel.recompute_granularity=full", "parallel.recompute_method=uniform"],
+            "parallel.recompute_granularity=full needs recompute_method (uniform or block) and recompute_num_layers",
+        ),
+        (
+            1,
+            ["parallel.recompute_granularity=selective", "parallel.recompute_num_layers=1"],
+            "parallel.recompute_method and recompute_num_layers belong to recompute_granularity=full; unset them or set it",
+        ),
     ],
 )
 def test_an_impossible_layout_shows_its_arithmetic(world_size: int, overrides: list[str], message: str) -> None:
@@ -217,6 +269,12 @@ def test_an_impossible_layout_shows_its_arithmetic(world_size: int, overrides: l
         (2, [_TP2, "parallel.sequence_parallel=true"], 1),
         (4, ["model.num_query_groups=4", _TP2], 2),
         (2, ["rollout.engine=in_process"], 2),
+        (8, [_PP2, _VPP2, _CP2], 2),
+        (4, [_TP2, _CP2, "parallel.sequence_parallel=true"], 1),
+        (2, [_CP2, "rollout.engine=in_process", "pool.rollouts=0"], 1),
+        (2, [_DISTRIBUTED, _OVERLAP, "parallel.overlap_param_gather=true", "parallel.ddp_bucket_size=1000000"], 2),
+        (1, ["parallel.recompute_granularity=selective"], 1),
+        (1, ["parallel.recompute_granularity=full", "parallel.recompute_method=block", "parallel.recompute_num_layers=3"], 1),
         (2, [_TP2, "rollout.engine=in_process", "pool.rollouts=0"], 1),
         (2, [_PP2, "rollout.engine=in_process", "debug.load_pools=pools"], 1),
     ],

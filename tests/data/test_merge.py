@@ -137,6 +137,19 @@ def test_datasets_of_megatrons_own_builder_are_merged_too(tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_datasets_of_other_types_or_without_a_manifest_are_named(tmp_path, tokenizer_model, corpus):
+    for name, dtype in (("a", np.int32), ("b", np.uint16)):
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype)
+        builder.add_document(np.arange(5), [5])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    with pytest.raises(DataError, match="b holds uint16 tokens, .*a int32; they were made with different tokenizers"):
+        merge.merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"), lambda line: None)
+    [ours] = make(tmp_path / "ours", tokenizer_model, files=corpus / "0.jsonl")
+    with pytest.raises(DataError, match=r"b has no manifest \(.json\), the others have"):
+        merge.merge([ours, str(tmp_path / "b")], str(tmp_path / "out"), lambda line: None)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_portions_are_contiguous_and_of_about_equal_size():
     sizes = [int(n) for n in np.random.default_rng(1).integers(1, 1000, 200)]
     portions = [portion(sizes, i, 8) for i in range(8)]

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +221,42 @@ def test_several_zstandard_frames_are_one_file(tmp_path, tokenizer_model):
     assert len(read(prefix)) == 2
 
 
+def test_zstandard_files_of_parallel_and_of_long_range_compressors_are_read(tmp_path, tokenizer_model):
+    line = json.dumps({"text": "one"}).encode() + b"\n"
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"  # pzstd puts one before each frame
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + zstandard.compress(line) + skippable + zstandard.compress(line))
+    long = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()  # as zstd --long=28
+    (tmp_path / "b.jsonl.zst").write_bytes(long.compress(line) + long.flush())
+    [prefix] = run(tmp_path, tokenizer_model, tmp_path / "a.jsonl.zst", tmp_path / "b.jsonl.zst")
+    assert len(read(prefix)) == 3
+
+
+@pytest.mark.parametrize("pattern", ["", "*.json*"])
+def test_output_beside_its_input_is_not_read(tmp_path, tokenizer_model, pattern):
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    source, prefix = tmp_path / pattern, str(tmp_path / "d")
+    (tmp_path / "d.partial").mkdir()
+    (tmp_path / "d.partial" / "progress.json").write_text('{"manifest": {}, "state": {"counts": {}, "position": {}, "skipped": []}}')  # nothing was done yet
+    first = run(tmp_path, tokenizer_model, source, output_prefix=prefix)
+    assert read(first[0]) == read(run(tmp_path, tokenizer_model, source, output_prefix=prefix)[0]) and len(read(first[0])) == 1
+    assert [entry["name"] for entry in json.loads(Path(first[0] + ".json").read_text())["input"]] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("package, says, more", [
+    ("pyarrow", r"a.parquet: Parquet needs the package pyarrow; install megatron_sip\[data\]", {}),
+    ("nupunkt", r"--split-sentences needs the package nupunkt; install megatron_sip\[data\]", {"split_sentences": True})])
+def test_a_missing_package_is_named(tmp_path, tokenizer_model, monkeypatch, package, says, more):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=says):
+        run(tmp_path, tokenizer_model, tmp_path / "a.parquet", **more)
+
+
+def test_standard_input_cannot_be_divided(tmp_path, tokenizer_model):
+    with pytest.raises(DataError, match="--shard needs files: standard input cannot be divided"):
+        run(tmp_path, tokenizer_model, "-", shard=(0, 2))
+
+
 def test_no_file_and_no_document_are_said(tmp_path, tokenizer_model):
     with pytest.raises(DataError, match="--input .*nothing.*: no such file"):
         run(tmp_path, tokenizer_model, tmp_path / "nothing*.jsonl")
@@ -424,9 +461,9 @@ def test_filters_that_cannot_be_read_are_refused(tmp_path, tokenizer_model, flag
 class _Differs(Encoder):
     """Gives a wrong id for texts with a certain word, which no test of hard texts holds."""
 
-    def encode(self, text):
-        ids = super().encode(text)
-        return ids[::-1] if self.name == "gigatoken" and "xylophone" in text else ids
+    def encode(self, data):
+        ids = super().encode(data)
+        return ids[::-1] if self.name == "gigatoken" and b"xylophone" in data else ids
 
 
 def test_an_engine_that_differs_in_the_corpus_loses_all_it_did(tmp_path, tokenizer_model, monkeypatch):

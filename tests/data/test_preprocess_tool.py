@@ -264,6 +264,14 @@ def test_after_a_bad_line_the_run_can_skip_it_and_go_on(tool, tmp_path, endless)
     assert json.loads((tmp_path / "out" / "d_text_document.json").read_text())["counts"]["documents"] == 1200
 
 
+@pytest.mark.parametrize("flags, says", [
+    (("--shard", "2/2"), "2/2 is not I/N with 0 <= I < N"), (("--split-by-subset", "--subset-weights", "web"), "web is not NAME=WEIGHT"),
+    (("--subset-weights", "web=1"), "--subset-weights needs --split-by-subset"), (("--workers", "0"), "--workers must be at least 1")])
+def test_flags_that_cannot_be_read_are_named(tool, tmp_path, endless, flags, says):
+    code, _, err = tool(endless, *flags).wait()
+    assert code == 2 and says in err and "Traceback" not in err and not (tmp_path / "out").exists()
+
+
 def test_standard_input_is_read_and_begins_anew(tmp_path, tokenizer_model, endless, whole):
     command = [sys.executable, TOOL, "--input", "-", "--output-prefix", tmp_path / "out" / "d", "--tokenizer-model", tokenizer_model, "--save-interval", "0"]
     with open(endless, "rb") as source:

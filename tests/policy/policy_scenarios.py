@@ -14,17 +14,9 @@ from megatron_sip.policy import optimizer, runtime
 from megatron_sip.policy.hf_folder import save_hf_folder
 from megatron_sip.policy.hf_init import HfFolder
 from megatron_sip.policy.weights import hf_views, load_hf_state, load_init
+from policy_judged import LAYOUTS
 from policy_tiny import PAIRS, SEQUENCE, VOCAB, Run, hf_weights, make_config, tokens
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "dp2": {},
-    "dp2_distributed": {"use_distributed_optimizer": True},
-    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
-}
 STEPS = 3
 PORTS: list[str] = []
 
@@ -34,16 +26,15 @@ def next_port() -> None:
     os.environ["MASTER_PORT"] = PORTS.pop()
 
 
-def _train(output: Path, shape: str, layout: str, reference: bool) -> dict[str, Any]:
-    run = Run(make_config(shape, **LAYOUTS[layout]), reference)
+def _train(output: Path, shape: str, reference: bool) -> dict[str, Any]:
+    run = Run(make_config(shape), reference)
     steps = [run.step() for _ in range(STEPS)]
     return {"steps": steps, "weights": run.weights()}
 
 
 for _shape in ("gqa", "tied"):
-    globals()[f"train_{_shape}_plain"] = functools.partial(_train, shape=_shape, layout="one", reference=False)
-    for _layout in LAYOUTS:
-        globals()[f"train_{_shape}_{_layout}"] = functools.partial(_train, shape=_shape, layout=_layout, reference=True)
+    globals()[f"train_{_shape}_plain"] = functools.partial(_train, shape=_shape, reference=False)
+    globals()[f"train_{_shape}_one"] = functools.partial(_train, shape=_shape, reference=True)
 
 
 def train_bf16(output: Path) -> dict[str, Any]:
@@ -165,6 +156,8 @@ round_trip_before_first_step_distributed = functools.partial(_round_trip, name="
 round_trip_before_first_step_bf16 = functools.partial(_round_trip, name="before_first_step_bf16", steps=0, dtype="bfloat16")
 round_trip_tp2 = functools.partial(_round_trip, name="tp2", **LAYOUTS["tp2"])
 round_trip_pp2_tied = functools.partial(_round_trip, name="pp2_tied", **LAYOUTS["pp2"])
+round_trip_pp2_vpp2_tied = functools.partial(_round_trip, name="pp2_vpp2_tied", **LAYOUTS["pp2_vpp2"])
+round_trip_cp2_overlap = functools.partial(_round_trip, name="cp2_overlap", **LAYOUTS["cp2_overlap_recompute"])
 round_trip_dp2_distributed = functools.partial(_round_trip, name="dp2_distributed", **LAYOUTS["dp2_distributed"])
 round_trip_dp2_distributed_bf16 = functools.partial(_round_trip, name="dp2_distributed_bf16", dtype="bfloat16", **LAYOUTS["dp2_distributed"])
 
@@ -178,6 +171,10 @@ def _reload(output: Path, saved: str, **parallel: Any) -> dict[str, Any]:
 
 reload_tp2_as_one = functools.partial(_reload, saved="tp2")
 reload_tp2_as_pp2 = functools.partial(_reload, saved="tp2", **LAYOUTS["pp2"])
+reload_tp2_as_pp2_vpp2 = functools.partial(_reload, saved="tp2", **LAYOUTS["pp2_vpp2"])
+reload_pp2_vpp2_tied_as_one = functools.partial(_reload, saved="pp2_vpp2_tied")
+reload_pp2_vpp2_tied_as_tp2 = functools.partial(_reload, saved="pp2_vpp2_tied", **LAYOUTS["tp2"])
+reload_cp2_overlap_as_one = functools.partial(_reload, saved="cp2_overlap", **LAYOUTS["dp2_distributed"])
 reload_pp2_tied_as_one = functools.partial(_reload, saved="pp2_tied")
 reload_pp2_tied_as_tp2 = functools.partial(_reload, saved="pp2_tied", **LAYOUTS["tp2"])
 reload_dp2_distributed_as_one = functools.partial(_reload, saved="dp2_distributed", **LAYOUTS["dp2_distributed"])
@@ -263,8 +260,8 @@ def _train_and_save(output: Path, name: str, shape: str = "gqa", **parallel: Any
 
 def patches_one(output: Path) -> dict[str, str]:
     """Must run first in its process: the parent never applies a patch."""
-    names = ("none", "patch_current_device", "patch_factories", "patch_tensor_type", "patch_synchronize")
-    return {name: _without(name, lambda: _train_and_save(output, name)) for name in names}
+    names = ("none", "patch_current_device", "patch_factories", "patch_tensor_type", "patch_synchronize", "patch_current_stream", "patch_rng_state")
+    return {name: _without(name, lambda: _train_and_save(output, name, **LAYOUTS["one_recompute"])) for name in names}
 
 
 def patches_two(output: Path) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,7 +15,6 @@ from typing import Any
 
 import torch
 
-LAYOUTS_OF_TWO = ("tp2", "tp2_sp", "pp2", "dp2", "dp2_distributed")
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parent.parent
 
@@ -34,7 +35,7 @@ class Outcome:
         return found["result"]
 
 
-def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 240) -> Outcome:
+def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 500) -> Outcome:
     """Run scenarios one after the other in ``world_size`` processes, which are all gone afterwards."""
     ports = iter(_free_ports(3 * len(scenarios)))
     command = [sys.executable, str(_HERE / "policy_worker.py"), str(output), *(f"{name}:{next(ports)}:{next(ports)}:{next(ports)}" for name in scenarios)]
@@ -67,10 +68,12 @@ def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below those that systems hand out to other programs, which might take one of these before its scenario begins."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 2_000):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports between 15000 and 32000")

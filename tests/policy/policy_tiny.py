@@ -24,7 +24,7 @@ SHAPES = {"gqa": {"num_query_groups": 2}, "tied": {"untie_embeddings_and_output_
 
 def make_config(shape: str = "gqa", dtype: str = "float32", **parallel: Any) -> RunConfig:
     return RunConfig.model_validate({
-        "model": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 64,
                   "make_vocab_size_divisible_by": 64, "params_dtype": dtype, **SHAPES[shape]},
         "data": {"prefix_length": SEQUENCE // 2, "suffix_length": SEQUENCE // 2},
         "train": {"global_batch_size": PAIRS, "micro_batch_size": MICRO, "train_iters": 100},
@@ -69,8 +69,8 @@ class Run:
         batch = tokens()[self.runtime.dp_rank * mine:][:mine]
         width = 2 * MICRO if self.policy.reference_active else MICRO
         return get_forward_backward_func()(
-            forward_step_func=self._forward, data_iterator=[iter(batch.split(MICRO)) for _ in self.model], model=list(self.model), num_microbatches=mine // MICRO,
-            seq_length=SEQUENCE, micro_batch_size=width, forward_only=False)
+            forward_step_func=self._forward, data_iterator=[iter(batch.split(MICRO)) for _ in self.model], model=list(self.model),
+            num_microbatches=mine // MICRO, seq_length=SEQUENCE, micro_batch_size=width, forward_only=False)
 
     def _forward(self, batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple:
         batch = next(batches)
@@ -90,8 +90,8 @@ class Run:
         metrics = self.gradients()
         total = torch.tensor([[m["policy"], m["reference"]] for m in metrics] or [[0.0, 0.0]], dtype=torch.float64).sum(0)
         dist.all_reduce(total)
-        # Tensor parallel ranks of the last stage report the same number.
-        total /= self.config.parallel.tensor_model_parallel_size
+        # Tensor and context parallel ranks of the last stage report the same number.
+        total /= self.config.parallel.tensor_model_parallel_size * self.config.parallel.context_parallel_size
         ok, norm, _ = self.optimizer.step()
         assert ok
         self.scheduler.step(1)

@@ -1,4 +1,5 @@
-"""Runs scenarios of ``policy_scenarios.py`` and ``policy_layouts.py`` in this process, one of WORLD_SIZE; started by ``policy_spawn.py``, not by pytest.
+"""Runs scenarios of ``policy_scenarios.py``, ``policy_layouts.py`` and ``policy_faults.py`` in this process, one of WORLD_SIZE;
+started by ``policy_spawn.py``, not by pytest.
 
     policy_worker.py OUTPUT_DIR SCENARIO:PORT:PORT:PORT ...
 
@@ -21,6 +22,7 @@ import torch
 def main() -> None:
     warnings.filterwarnings("ignore")
     faulthandler.dump_traceback_later(100, repeat=True)  # a process that hangs says where in its log
+    import policy_faults
     import policy_layouts
     import policy_scenarios as scenarios
 
@@ -30,7 +32,7 @@ def main() -> None:
         scenarios.PORTS[:] = ports
         scenarios.next_port()
         try:
-            scenario = getattr(scenarios, name, None) or getattr(policy_layouts, name)
+            [scenario] = [getattr(module, name) for module in (scenarios, policy_layouts, policy_faults) if hasattr(module, name)]
             found = {"result": scenario(output), "error": None}
         except Exception:
             found = {"result": None, "error": traceback.format_exc()}

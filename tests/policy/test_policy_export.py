@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,18 @@ def test_export_of_a_damaged_checkpoint_is_one_error(checkpoint: Path, tmp_path:
     found = _tool(damaged, "--output", tmp_path / "out")
     assert found.returncode == 1
     assert "cannot be loaded" in _one_error(found.stderr, tmp_path / "out")
+
+
+@pytest.mark.skipif(not metadata.version("megatron-core").startswith("0.16"), reason="newer ones read both")
+def test_export_of_a_newer_megatrons_checkpoint_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "iter_0000002"
+    shutil.copytree(checkpoint, newer)
+    (newer / "common.pt").unlink()
+    with open(newer / ".metadata", "ab") as file:
+        file.write(b"common_state")  # the key under which newer ones keep what was in common.pt
+    found = _tool(newer, "--output", tmp_path / "out")
+    assert found.returncode == 1
+    assert "was written by a newer Megatron-Core" in _one_error(found.stderr, tmp_path / "out")
 
 
 def test_from_hf_refuses_what_the_policy_cannot_be(exported: Path, tmp_path: Path) -> None:

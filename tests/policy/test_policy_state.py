@@ -12,14 +12,15 @@ def test_one_process_goes_on_bitwise(one: Outcome, name: str) -> None:
     one.result(f"round_trip_{name}")
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2_tied", "dp2_distributed", "dp2_distributed_bf16"])
+@pytest.mark.parametrize("name", ["tp2", "pp2_tied", "pp2_vpp2_tied", "dp2_distributed", "dp2_distributed_bf16", "cp2_overlap"])
 def test_two_processes_go_on_bitwise(two: Outcome, name: str) -> None:
     for rank in (0, 1):
         two.result(f"round_trip_{name}", rank)
 
 
-@pytest.mark.parametrize("saved, loaded", [("tp2", "one"), ("tp2", "pp2"), ("pp2_tied", "one"), ("pp2_tied", "tp2"),
-                                           ("dp2_distributed", "one"), ("dp2_distributed", "tp2")])
+@pytest.mark.parametrize("saved, loaded", [
+    ("tp2", "one"), ("tp2", "pp2"), ("tp2", "pp2_vpp2"), ("pp2_tied", "one"), ("pp2_tied", "tp2"), ("pp2_vpp2_tied", "one"),
+    ("pp2_vpp2_tied", "tp2"), ("dp2_distributed", "one"), ("dp2_distributed", "tp2"), ("cp2_overlap", "one")])
 def test_another_layout_goes_on(one: Outcome, two: Outcome, saved: str, loaded: str) -> None:
     """The weights are bitwise those saved; two more steps (so Adam's state too) differ by the order of sums only."""
     before = two.result(f"round_trip_{saved}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron_sip.config import ConfigError
 from megatron_sip.policy import runtime
+from megatron_sip.policy.context_parallel import rank_order
 from megatron_sip.policy.logprobs import sequence_logprobs
 from megatron_sip.policy.model import padded_vocab_size
 from megatron_sip.policy.optimizer import build_optimizer
@@ -47,3 +48,9 @@ def test_processes_without_an_address_are_told_to_use_torchrun(monkeypatch: pyte
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConfigError, match="WORLD_SIZE=2 but MASTER_ADDR not set; start the processes with torchrun"):
         runtime._join(0, 2, timedelta(seconds=1), "gloo")
+
+
+def test_context_parallel_ranks_hold_an_early_and_a_late_piece() -> None:
+    assert rank_order(12, 3, torch.device("cpu")).tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="a sequence of 10 tokens cannot be cut into 2 x 2 equal pieces"):
+        rank_order(10, 2, torch.device("cpu"))

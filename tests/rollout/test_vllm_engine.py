@@ -19,7 +19,7 @@ from megatron_sip.rollout import RolloutError
 from megatron_sip.rollout.vllm_engine import INITIAL, VllmEngine, probe, server_environment, server_flags, version_folder
 from megatron_sip.servers import LocalServers
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm")]
 VOCAB, POSITIONS = 256, 128
 EOD = 2
 

@@ -35,9 +35,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Wo
     folder = tmp_path_factory.mktemp("world")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t[:8000]}) + "\n" for t in standard_library(50)))
     [prefix] = preprocess(Settings((str(folder / "text.jsonl"),), str(folder / "d"), str(tokenizer_model), append_eod=True), say=lambda line: None)
-    shape = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "max_position_embeddings": 64}
+    shape = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "max_position_embeddings": 64}
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False, initializer_range=0.1,
     )).save_pretrained(folder / "init")
     config = {

@@ -41,12 +41,18 @@ def test_a_finished_run_has_nothing_to_do(world, whole, scripted, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "use_distributed_optimizer=true"])
+@pytest.mark.parametrize("layout", [
+    "tensor_model_parallel_size=2 sequence_parallel=true",
+    "pipeline_model_parallel_size=2",
+    "pipeline_model_parallel_size=2 virtual_pipeline_model_parallel_size=2",
+    "context_parallel_size=2 recompute_granularity=full recompute_method=block recompute_num_layers=2",
+    "use_distributed_optimizer=true overlap_grad_reduce=true overlap_param_gather=true",
+])
 def test_two_processes_give_one_process_numbers(world, whole, scripted, tmp_path, layout):
     """Replayed outcomes, the same initial weights. float32 sums in another order: about 1e-6 relative a step, ten-fold after six."""
     run = tmp_path / "run"
-    sequence = ["parallel.sequence_parallel=true"] if layout.startswith("tensor") else []
-    output = finish(execute(arguments(world, run, scripted.url, f"parallel.{layout}", *sequence, f"debug.load_pools={whole / 'pools.jsonl'}"), processes=2))
+    parallel = [f"parallel.{setting}" for setting in layout.split()]
+    output = finish(execute(arguments(world, run, scripted.url, *parallel, f"debug.load_pools={whole / 'pools.jsonl'}"), processes=2))
     metrics, expected = world.metrics(run), world.metrics(whole)
     assert sorted(metrics) == sorted(expected), output
     for step, record in expected.items():

@@ -109,6 +109,31 @@ def test_a_killed_run_asks_only_what_was_not_answered(world, whole, scripted, tm
     assert scripted.answered - before <= asked + 5 * 8 + 3
 
 
+def test_a_run_one_step_ahead_of_itself_is_resumed_exactly(world, scripted, tmp_path, capsys):
+    """Rollouts of the next step are of weights that a resume no longer has: they come from the bank."""
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    assert train.main(arguments(world, undisturbed, scripted.url, "train.staleness=1", "checkpoint.keep=9")) == 0
+    metrics = world.metrics(undisturbed)
+    assert [metrics[step]["rollout/staleness"] for step in range(2, 7)] == [1] * 5 and metrics[4]["rollout/logprob_diff"] > 1e-3
+    scripted.hold_after = scripted.answered + 350
+    args = arguments(world, run, scripted.url, "train.staleness=1", "checkpoint.keep=9")
+    process, deadline = start(args, tmp_path / "output.txt"), time.monotonic() + 200
+    while not scripted.held:
+        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    scripted.release()
+    capsys.readouterr()
+    assert train.main(args) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert_same(world.metrics(run), metrics)
+    assert_same_weights(run, undisturbed)
+    assert_exactly_once(run)
+    assert sum(world.metrics(run)[step]["pool/from_bank"] for step in range(1, 7)) > 0
+
+
 def test_a_signal_gives_up_a_step_that_takes_too_long_and_keeps_what_was_judged(world, whole, scripted, tmp_path):
     run = tmp_path / "run"
     args = arguments(world, run, scripted.url, "train.stop_patience=1", "teacher.request_timeout=60", "teacher.outage_timeout=100")

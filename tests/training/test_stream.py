@@ -11,6 +11,7 @@ import pytest
 
 from megatron_sip.config import load_config
 from megatron_sip.pool import Criterion, Dropped, PairId, Preference, Scores
+from megatron_sip.rollout.engine import Rollout
 from megatron_sip.training.plan import plan_step
 from megatron_sip.training.stream import Services, StepStream, Stopped, rollout_seed
 
@@ -21,13 +22,6 @@ class Pair:
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     at_document_start: bool = False
-
-
-@dataclass(frozen=True)
-class Rollout:
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    weights_version: int = 1
 
 
 class Letters:
@@ -48,7 +42,7 @@ class Engine:
         self.calls += 1
         if self.fail_after is not None and self.calls > self.fail_after:
             raise RuntimeError("engine gone")
-        return [[Rollout(tuple(b"roll%d" % k)[:max_tokens], (-1.0,) * min(5, max_tokens)) for k in range(num_rollouts)] for _ in prefixes]
+        return [[Rollout(tuple(b"roll%d" % k)[:max_tokens], (-1.0,) * min(5, max_tokens), 1) for k in range(num_rollouts)] for _ in prefixes]
 
 
 class ScriptedTeacher:
@@ -80,12 +74,12 @@ class ScriptedTeacher:
         future.set_result(Scores((Criterion("quality", 1.0, values, (answered,) * n),)))
 
 
-def make(n=3, order="arrival", teacher=None, engine=None, check=lambda: None, bank=None, patience=float("inf"), stopping=lambda: 0.0, **overrides):
+def make(n=3, order="arrival", teacher=None, engine=None, check=lambda: None, page=None, patience=float("inf"), stopping=lambda: 0.0, **overrides):
     config = load_config(None, ["teacher.model=t", "teacher.judges=[{kind: quality}]", f"train.order={order}", "data.suffix_length=5", "rollout.batch_size=2",
                                 "teacher.outage_timeout=5", "pool.rollouts=2", *(f"{k}={v}" for k, v in overrides.items())])
     pairs = [Pair(PairId("d", i, 0), tuple(b"pre"), tuple(b"origi")) for i in range(n)]
     teacher = teacher or ScriptedTeacher()
-    stream = StepStream(config, 1, plan_step(config, 1), pairs, Services(Letters(), engine or Engine(), teacher, check), bank, patience, stopping)
+    stream = StepStream(config, 1, plan_step(config, 1), pairs, Services(Letters(), engine or Engine(), teacher, check), page, patience, stopping)
     stream.start()
     return stream, teacher
 
