@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     models.add_argument("--policy-parameters", type=float, help="a policy of this size and the shape of Llama instead of the model section, e.g. 7e9")
     models.add_argument("--judge-parameters", type=float, help="e.g. 8e9 (default: from teacher.model's config.json)")
     models.add_argument("--judge-active-parameters", type=float, help="of a mixture of experts")
-    models.add_argument("--staleness", type=int, default=0, choices=(0, 1), help="the one that details are shown for (both are planned)")
+    models.add_argument("--staleness", type=int, choices=(0, 1), help="the one that details are shown for (both are planned; default: train.staleness)")
     models.add_argument("--target-wait", type=float, default=0.05, help="share of a step that the trainer may wait at staleness 1 (default 0.05)")
     models.add_argument("--rewrites-cached", action="store_true", help="all rewrites are in the cache already")
     models.add_argument("--comparisons", type=int, help="pairs of a pool that a quality judge compares (default: all)")

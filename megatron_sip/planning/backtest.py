@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
 from megatron_sip.config import RunConfig
+from megatron_sip.planning import PlanError
 from megatron_sip.planning.measured import Rates, rates_of, read_run
 from megatron_sip.planning.plan import Options, make_plan
-from megatron_sip.planning import PlanError
 
 
 @dataclass(frozen=True)
 class Check:
-    """Mean seconds of ``steps`` steps, predicted from the rates of others and measured."""
+    """Median seconds of ``steps`` steps, predicted from the rates of others and measured (medians, for the sake of machines that others use, too)."""
 
     steps: int
     predicted: float
@@ -51,9 +51,9 @@ def across(source: Path, target: Path, options: Options = Options()) -> Check:
 
 
 def check(rates: Rates, records: Sequence[dict[str, float]], config: RunConfig, options: Options = Options()) -> Check:
-    """Predict the steps of ``records``, which ran with ``config`` at staleness 0."""
+    """Predict the steps of ``records``, which ran with ``config``."""
     if not config.teacher.model:
         raise PlanError("the run asked no teacher: nothing to predict")
     options = replace(options, measured=rates, judge_parameters=options.judge_parameters or 1e9, rollout_gpus=None, judge_gpus=rates.judge_gpus)
     plan = make_plan(config, options)
-    return Check(len(records), plan.sizing[0].step_seconds, fmean(record["time/step"] for record in records))
+    return Check(len(records), plan.sizing[config.train.staleness].step_seconds, median(record["time/step"] for record in records))

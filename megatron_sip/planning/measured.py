@@ -4,7 +4,7 @@ In: a run's metrics.jsonl (RUN/run.yaml beside it says what its steps did), or a
 
 From metrics, of the steps with pools: trained tokens over ``time/train``; rollout tokens over ``time/rollout``; questions over the time in which they
 were under way. That is the time from the first question to the last answer, as far as the metrics tell: the rollouts after the first chunk, the waiting, and the training
-but for the last microbatch. Where the trainer hardly waits, the judge was not the bottleneck and its rate is a lower limit.
+but for the last microbatch; at staleness 1, the whole step. Where the trainer hardly waits, the judge was not the bottleneck and its rate is a lower limit.
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ def _one(record: dict[str, float], config: RunConfig) -> dict[str, float | None]
 def busy_window(record: dict[str, float], config: RunConfig) -> float:
     """Seconds in which questions of a step were under way, as far as the metrics tell (one replica)."""
     plan, train = plan_step(config, int(record["step"])), config.train
+    if train.staleness:
+        return record["time/step"]
     rollout, waited, trained = (record.get(f"time/{name}", 0.0) for name in ("rollout", "wait_judge", "train"))
     microbatches = max(1, train.global_batch_size // train.micro_batch_size)
     chunks = -(-train.global_batch_size // max(1, config.rollout.batch_size // max(1, plan.rollouts)))

@@ -43,7 +43,7 @@ class Options:
     policy_parameters: float | None = None
     judge_parameters: float | None = None
     judge_active_parameters: float | None = None
-    staleness: int = 0
+    staleness: int | None = None  # whose details are shown; None: train.staleness
     target_wait: float = 0.05
     board_power: float | None = None
     rewrites_cached: bool = False
@@ -115,10 +115,11 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
 class _Planner:
     def __init__(self, config: RunConfig, options: Options) -> None:
         assume = options.assume
+        options = options if options.staleness is not None else replace(options, staleness=config.train.staleness)
         self.options, self.assume = options, assume
         self.gpu = find_gpu(options.gpu)
         self.judge_gpu = find_gpu(options.judge_gpu or options.gpu)
-        if options.staleness not in (0, 1) or not 0 < options.target_wait < 1:
+        if options.staleness not in (None, 0, 1) or not 0 < options.target_wait < 1:
             raise PlanError(f"--staleness={options.staleness} must be 0 or 1, --target-wait={options.target_wait} between 0 and 1")
         if options.board_power is not None and options.board_power <= 0:
             raise PlanError(f"--board-power={options.board_power} must be above 0 watts")
@@ -220,7 +221,8 @@ class _Planner:
         rates = self.options.measured
         if rates is not None:
             return chunks, work.pools * work.rollouts * work.suffix / (rates.rollout_tokens_per_second * gpus / rates.rollout_gpus)
-        servers = gpus / self.rollout_tp
+        # No more servers are at work than there are sequences in one call of every replica.
+        servers = min(gpus / self.rollout_tp, pairs * work.rollouts * self.data_parallel)
         return chunks, self.rollout_work(work, servers).seconds / servers
 
     def rollout_work(self, work: Workload, servers: float) -> costs.Serving:
@@ -290,9 +292,12 @@ class _Planner:
     def _enough(self, rollout: float, judge: float, staleness: int, unlimited_rollout: float) -> bool:
         """Is this fleet large enough, compared with judges (and rollout servers) without number?"""
         pipeline = self._pipeline(self.work, rollout, judge)
-        unlimited = self._pipeline(self.work, unlimited_rollout, MOST_SERVERS * self.judge_tp)
+        unit = self.options.measured.judge_gpus if self.options.measured else self.judge_tp
+        unlimited = self._pipeline(self.work, unlimited_rollout, MOST_SERVERS * unit)
         if staleness == 0:
-            return pipeline.step_seconds(0) <= KNEE * unlimited.step_seconds(0)
+            # While judges are without number, rollout servers may use up half of what is allowed.
+            allowed = KNEE if judge < MOST_SERVERS * unit else 1 + (KNEE - 1) / 2
+            return pipeline.step_seconds(0) <= allowed * unlimited.step_seconds(0)
         room = self.assume.utilisation * self._longest(pipeline)
         judging = pipeline.judging_seconds + pipeline.rewriting_seconds
         # Where even the slowest single answers hold the trainer up: as close to that as the trainer may wait.

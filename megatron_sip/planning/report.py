@@ -112,7 +112,7 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
            f"{parts.rewriting_seconds:.3g} s, judging {parts.judging_seconds:.3g} s, training {parts.training_seconds:.3g} s, update {parts.update_seconds:.3g} s")
     if not plan.sizing[1].reachable:
         yield (f"  No fleet surely brings the waiting at staleness 1 below {options.target_wait:.0%}: sync, rollouts and the slowest answers take two such steps, however many "
-               "servers there are. Fewer trainer GPUs, cached rewrites, a faster sync or shorter answers help.")
+               "servers there are. Fewer trainer GPUs, cached rewrites, a faster sync, a larger rollout.batch_size or shorter answers help.")
     yield f"  Named are, at staleness 0, the fewest with which more would shorten the step by less than a fifth; at 1, with which the trainer waits less than {options.target_wait:.0%}."
     for staleness, found in checks.items():
         yield (f"  simulated at staleness {staleness} ({found['steps']} steps): {found['step_seconds']:.3g} s a step, the trainer waits {found['wait_share']:.1%}, "
