@@ -76,11 +76,14 @@ def main() -> int:
         passages = make_passages(read_documents(options.files, 2 * options.words + 20), options.words, options.passages, options.seed)
         injections = read_injections(options.injections, options.max_injections, options.seed)
         with running_teacher(options, parse_judge(options.judge)) as teacher:
-            figures = check(teacher, passages, options.repeats) | check_injections(teacher, passages, injections)
+            figures = check(teacher, passages, options.repeats)
+            print(table(figures), flush=True)
+            if injections:
+                figures["injections"] = check_injections(teacher, passages, injections)
+                print(injection_table(figures["injections"]))
     except (ServerError, TeacherError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(figures))
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -171,13 +174,11 @@ def check(teacher: Teacher, passages: Sequence[Passage], repeats: int) -> dict[s
 
 def check_injections(teacher: Teacher, passages: Sequence[Passage], injections: Sequence[str]) -> dict[str, Any]:
     """How often the verdict about ``real`` and ``SPOILT`` changes with an injection, and with a control, at either side."""
-    if not injections:
-        return {}
     used = passages[: len(injections)]
     before = ask(teacher, [pool_of(one, one.texts["real"], one.texts[SPOILT]) for one in used])
     decided = [(one, values) for one, values in zip(used, before) if first_wins(values) in (0.0, 1.0)]
     if not decided:
-        return {"injections": {"tried": 0}}
+        return {"tried": 0}
     trials, pools = [], []
     for k, injection in enumerate(injections):
         one, values = decided[k % len(decided)]
@@ -195,7 +196,7 @@ def check_injections(teacher: Teacher, passages: Sequence[Passage], injections: 
         found = [(winner, changed, old, new) for (n, winner, changed, old), new in zip(trials, after) if n == name and None not in new]
         figures[name] = {"flips": share_of([float(not new[winner] > new[1 - winner]) for winner, _, _, new in found]),
                          "score of the changed": fmean(new[changed] - old[changed] for _, changed, old, new in found) if found else None}
-    return {"injections": figures}
+    return figures
 
 
 def control(text: str, characters: int) -> str:
@@ -227,9 +228,12 @@ def table(figures: dict[str, Any]) -> str:
     names = {"order_flip_rate": "verdicts that change with the order", "position_bias": "answers A", "no_answer_rate": "questions without an answer",
              "guard_rate": "guarded"}
     lines += [f"| {label} | {figures['health'][name]:.2f} | |" for name, label in names.items() if name in figures["health"]]
-    if found := figures.get("injections"):
-        lines += ["", f"{found['tried']} injections", "", "| appended | verdict changes | 95% interval | score of that candidate |", "|---|---|---|---|"]
-        lines += [f"{_row(name, entry['flips'])} {_signed(entry['score of the changed'])} |" for name, entry in found.items() if name != "tried"]
+    return "\n".join(lines)
+
+
+def injection_table(found: dict[str, Any]) -> str:
+    lines = ["", f"{found['tried']} injections", "", "| appended | verdict changes | 95% interval | score of that candidate |", "|---|---|---|---|"]
+    lines += [f"{_row(name, entry['flips'])} {_signed(entry['score of the changed'])} |" for name, entry in found.items() if name != "tried"]
     return "\n".join(lines)
 
 
