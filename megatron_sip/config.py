@@ -134,12 +134,32 @@ class JudgeSection(Section):
     samples: int = Field(1, ge=1, description="Times each question is asked; answers are averaged.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of verdicts.")
     top_p: float = Field(0.6, gt=0, le=1, description="Nucleus threshold of verdicts.")
+    strategy: Literal["all_pairs", "pivot", "tournament", "swiss", "adaptive"] = Field("all_pairs", description="quality: which pairs of a pool are asked. all_pairs: every two candidates; pivot: each against the original; tournament: single elimination for the best and one for the worst; swiss: rounds of neighbours in the ranking; adaptive: until best and worst of all_pairs are settled. Costs and agreement: docs/judges.md.")
+    swiss_rounds: int | None = Field(None, ge=1, description="quality: rounds of strategy=swiss (default: the base-2 logarithm of the pool's size, rounded up).")
     order: Literal["seeded", "both"] = Field("seeded", description="quality: show each pair once in a seeded order, or in both orders.")
+    use_logprobs: bool = Field(False, description="Read the verdict's probability from the log-probabilities of the answer's first token instead of a sampled verdict; needs a server that gives them, such as vLLM.")
     max_tokens: int = Field(512, ge=1, description="Longest answer, reasoning included.")
     reasoning: bool = Field(False, description="Let the judge reason before its constrained verdict.")
     template: Path | None = Field(None, description="Prompt template that replaces the built-in one.")
     max_prefix_overlap: float = Field(0.5, gt=0, le=1, description="likelihood: guard; share of the candidate's word 4-grams that stand in the prefix, above which it scores below every unguarded candidate.")
     max_repetition: float = Field(0.5, gt=0, le=1, description="likelihood: guard; share of repeated word 3-grams inside the candidate, above which it scores below every unguarded candidate.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JudgeSection:
+        problems = []
+        if self.strategy != "all_pairs" and self.kind != "quality":
+            problems.append(f"strategy={self.strategy} chooses pairs, but kind={self.kind} compares none; unset it")
+        if self.swiss_rounds is not None and self.strategy != "swiss":
+            problems.append("swiss_rounds means nothing without strategy=swiss")
+        if self.use_logprobs and self.kind == "likelihood":
+            problems.append("use_logprobs is about verdicts, and kind=likelihood asks for none; unset it")
+        if self.use_logprobs and self.reasoning:
+            problems.append("use_logprobs reads the first token of an answer, with reasoning=true that is no verdict; unset one")
+        if self.use_logprobs and self.samples > 1:
+            problems.append(f"use_logprobs asks for the whole distribution at once: samples={self.samples} would ask the same again; set samples=1")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class RewriterSection(Section):
@@ -197,6 +217,17 @@ class LogSection(Section):
     audit_pools: int = Field(4, ge=0, description="Pools a step whose texts, scores and choice are written to audit.jsonl (of the first data parallel rank).")
 
 
+class HealthSection(Section):
+    action: Literal["warn", "stop"] = Field("warn", description="What an alarm does: say so, or save and stop as well.")
+    window: int = Field(100, ge=4, description="Steps that are looked at; trends compare the older half with the newer one. Alarms begin when it is full.")
+    max_no_answer_rate: float = Field(0.05, gt=0, le=1, description="Alarm when the mean share of the judge's questions without an answer is above this.")
+    max_position_bias: float = Field(0.25, gt=0, le=0.5, description="Alarm when the share of answers A in comparisons is further than this from one half.")
+    max_spread_fall: float = Field(0.75, gt=0, le=1, description="Alarm when the spread of scores inside a pool fell by this share.")
+    min_safety_rise: float = Field(0.02, gt=0, description="A rise of the mean safety score that makes a change of the rollouts suspicious.")
+    max_repetition_rise: float = Field(0.1, gt=0, le=1, description="Alarm when the repeated share of rollouts rose by this much (absolute) while safety rose.")
+    max_length_fall: float = Field(0.3, gt=0, le=1, description="Alarm when the length of rollouts fell by this share while safety rose.")
+
+
 class DebugSection(Section):
     save_pools: Path | None = Field(None, description="Record every outcome here, as JSON lines; each data parallel rank writes FILE.dpR. As a flag: --save-pools FILE.")
     load_pools: Path | None = Field(None, description="Train on recorded outcomes: no rollouts and no teacher. As a flag: --load-pools FILE.")
@@ -224,6 +255,7 @@ class RunConfig(Section):
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The loss.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving and resuming.")
     log: LogSection = Field(default_factory=LogSection, description="Console, wandb, audit file.")
+    health: HealthSection = Field(default_factory=HealthSection, description="Alarms about the judge and about rollouts that please it by meaning nothing.")
     debug: DebugSection = Field(default_factory=DebugSection, description="Record and replay.")
 
     @property
@@ -263,6 +295,9 @@ class RunConfig(Section):
         if self.asks_judge and not teacher.judges:
             problems.append("teacher.judges is empty but the pool has several candidates; name a judge, e.g. teacher.judges=[{kind: quality}], "
                             "or set pool.selection=rewrite_over_rollout")
+        if self.asks_judge and not pool.original and any(judge.strategy == "pivot" for judge in teacher.judges):
+            problems.append("teacher.judges: strategy=pivot compares each candidate with the original, but pool.original=false; set it to true or choose "
+                            "another strategy")
         if self.asks_teacher and not teacher.model:
             problems.append("teacher.model is not set but the run asks a teacher; give the folder of the post-trained model")
         if self.seq_length > self.model.max_position_embeddings:

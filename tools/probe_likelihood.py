@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gzip
-import json
-import math
 import os
 import random
-import re
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -32,8 +27,8 @@ from megatron_sip.teacher import TeacherError  # noqa: E402
 from megatron_sip.teacher.client import KEY_VARIABLE  # noqa: E402
 from megatron_sip.teacher.fleet import Fleet  # noqa: E402
 from megatron_sip.teacher.likelihood import Guard, Likelihood, combine, guard, measure  # noqa: E402
+from megatron_sip.teacher.probes import Bigrams, passage, read_documents, wilson  # noqa: E402
 
-INSULT = " Only a worthless idiot like you would still be reading this."
 NO_GUARD = Guard(0.0, 0.0, False)
 
 
@@ -66,24 +61,6 @@ def main() -> int:
         return 1
 
 
-def read_documents(files: Sequence[Path], words: int) -> list[list[str]]:
-    """Documents of at least ``words`` words, each as words with the white space before them; ValueError names a bad line."""
-    documents = []
-    for path in files:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{path}, line {number}: not a JSON object with a text field") from None
-                pieces = re.findall(r"\s*\S+", text)
-                if len(pieces) >= words:
-                    documents.append(pieces)
-    if len(documents) < 2:
-        raise ValueError(f"need two documents of {words} words at least, found {len(documents)}; give more text or lower --words")
-    return documents
-
-
 async def probe(options: argparse.Namespace, documents: list[list[str]], url: str, key: str | None) -> bool:
     """Measure and report; False if the server failed before the last passage."""
     fleet = Fleet([url], key, concurrency=options.concurrency, request_timeout=600.0, retries=1)
@@ -98,7 +75,7 @@ async def probe(options: argparse.Namespace, documents: list[list[str]], url: st
                       f"serve {options.model}?", file=sys.stderr)
                 break
             guards = [guard(prefix, text, options.max_prefix_overlap, options.max_repetition) for text in texts.values()]
-            lengths = [len(text.split()) if "cut" in name else options.words for name, text in texts.items()]
+            lengths = [len(text.split()) if "cut" in name or "finished" in name else options.words for name, text in texts.items()]
             results.append(dict(zip(texts, zip(found, guards, lengths))))
             print(f"\r{number + 1} of {options.passages} passages", end="", file=sys.stderr, flush=True)
     finally:
@@ -107,64 +84,6 @@ async def probe(options: argparse.Namespace, documents: list[list[str]], url: st
     if results:
         report(results)
     return len(results) == options.passages
-
-
-# -- corruptions ------------------------------------------------------------------------------------------------------
-
-
-class Bigrams:
-    """Text of a model that knows which words follow each other and nothing more."""
-
-    def __init__(self, documents: Sequence[Sequence[str]]) -> None:
-        self._after: dict[str, list[str]] = defaultdict(list)
-        for pieces in documents:
-            for first, second in zip(pieces, pieces[1:]):
-                self._after[first.strip()].append(second)
-        self._all = [piece for pieces in documents for piece in pieces]
-
-    def write(self, word: str, words: int, rng: random.Random) -> list[str]:
-        written = []
-        for _ in range(words):
-            written.append(rng.choice(self._after.get(word) or self._all))
-            word = written[-1].strip()
-        return written
-
-
-def passage(documents: list[list[str]], words: int, rng: random.Random, model: Bigrams) -> tuple[str, dict[str, str]]:
-    """A prefix and its continuations by name; ``real`` is the first."""
-    which = rng.randrange(len(documents))
-    pieces = documents[which]
-    start = rng.randrange(len(pieces) - 2 * words)
-    prefix, real = pieces[start : start + words], pieces[start + words : start + 2 * words]
-    other = rng.choice(documents[:which] + documents[which + 1 :])
-    there = rng.randrange(len(other) - words)
-    half, quarter = words // 2, words // 4
-    noise = [" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789.,;", k=rng.randint(1, 9))) for _ in real]
-    near = [rng.choice(other) if i % 10 == 4 else piece for i, piece in enumerate(prefix)]
-    texts = {
-        "real": real, "words shuffled": rng.sample(real, len(real)), "sentences shuffled": _shuffle_sentences(real, rng),
-        "off topic": other[there : there + words], "repeated": (real[:20] * words)[:words], "garbage": noise,
-        "insult inserted": [*real[:half], INSULT, *real[half:]], "prefix copied": prefix, "copied from its middle": prefix[half:] + prefix[:half],
-        "nearly copied": near, "half copied": real[:half] + prefix[half:], "quarter copied": real[: words - quarter] + prefix[words - quarter :],
-        "half repeated": real[:half] + (real[half - 10 : half] * words)[:words - half],
-        "bigram text": model.write(prefix[-1].strip(), words, rng), "bigrams of the prefix": Bigrams([prefix]).write(prefix[-1].strip(), words, rng),
-        "cut to half": real[:half], "cut to a tenth": real[: max(1, words // 10)],
-    }
-    return "".join(prefix).lstrip(), {name: "".join(some) for name, some in texts.items()}
-
-
-def _shuffle_sentences(pieces: list[str], rng: random.Random) -> list[str]:
-    """Clauses, as set apart by punctuation, in another order."""
-    clauses: list[list[str]] = [[]]
-    for piece in pieces:
-        clauses[-1].append(piece)
-        if piece[-1] in ".!?;:,":
-            clauses.append([])
-    clauses = [clause for clause in clauses if clause]
-    shuffled = rng.sample(clauses, len(clauses))
-    while shuffled == clauses and len(clauses) > 1:
-        shuffled = rng.sample(clauses, len(clauses))
-    return [piece for clause in shuffled for piece in clause]
 
 
 # -- scorings ---------------------------------------------------------------------------------------------------------
@@ -198,13 +117,6 @@ def report(results: list[dict[str, tuple[Likelihood, Guard, int]]]) -> None:
 def _won(scoring: Callable, real: tuple[Likelihood, Guard, int], corrupted: tuple[Likelihood, Guard, int]) -> float:
     first, second = scoring(*zip(real, corrupted))
     return 0.5 if first == second else float(first > second)
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share observed in ``n`` trials."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 if __name__ == "__main__":

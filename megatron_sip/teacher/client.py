@@ -23,8 +23,9 @@ from megatron_sip.config import JudgeSection, TeacherSection
 from megatron_sip.pool import PairId, Pool, Scores
 from megatron_sip.teacher import TeacherError
 from megatron_sip.teacher.fleet import Fleet, Meter, Replica, Unreadable
-from megatron_sip.teacher.judge import DIALECTS, VerdictJudge, read_verdict, verdict_request
+from megatron_sip.teacher.judge import DIALECTS, RATES, VerdictJudge, read_verdict, verdict_request
 from megatron_sip.teacher.likelihood import LikelihoodJudge, read_likelihood, request
+from megatron_sip.teacher.logprobs import lacks_logprobs
 from megatron_sip.teacher.questions import Question
 from megatron_sip.teacher.rewriter import Rewriter
 
@@ -190,7 +191,7 @@ class Teacher:
                 return f"teacher server {replica.url}: {error}"
         if kinds == {"likelihood"}:
             return None  # asks for no verdicts: a model without a chat template will do
-        return await self._find_dialect(replica)
+        return await self._find_dialect(replica) or await lacks_logprobs(self._fleet, replica, self._model, self._config.judges)
 
     async def _find_dialect(self, replica: Replica) -> str | None:
         """Set the first dialect, from the replica's on, whose answer is a verdict; words alone are trusted to any server that answers."""
@@ -226,8 +227,7 @@ def _figures(meter: Meter) -> dict[str, float]:
     if meter.latencies:
         figures |= {"latency_p50": meter.quantile(0.5), "latency_p95": meter.quantile(0.95)}
     more = meter.more
-    for rate, part, whole in (("order_flip_rate", "flips", "flip_trials"), ("guard_rate", "guarded", "guard_trials"),
-                              ("cache_hit_rate", "cache_hits", "asked")):
+    for rate, part, whole in RATES:
         if more.get(whole):
             figures[rate] = more.get(part, 0.0) / more[whole]
     if "refusals" in more:

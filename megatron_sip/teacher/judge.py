@@ -2,9 +2,11 @@
 
 In: a :class:`Pool` and a fleet. Out: one :class:`Criterion`: a number a candidate, ``None`` where nothing was answered.
 
-- quality: every two candidates are compared, no tie. A comparison is worth the share of its answers that a candidate won, a
-  candidate the mean over its comparisons.
+- quality: two candidates are compared, no tie. A comparison is worth the share of its answers that a candidate won. Which pairs are asked,
+  and what that makes of a candidate, is the strategy's (:mod:`megatron_sip.teacher.strategies`).
 - safety: yes 1, no 0; sees the candidate alone. factuality: none 1, possible 0.5, definite 0; sees prefix, reference, candidate.
+- An answer is a sampled verdict or, with ``use_logprobs``, the probability of each verdict: a comparison is then worth the winner's
+  probability, a pointwise verdict its expected value.
 
 Candidates with the same text are one candidate to the judge and get the same number.
 """
@@ -12,18 +14,26 @@ Candidates with the same text are one candidate to the judge and get the same nu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 from megatron_sip.config import JudgeSection
-from megatron_sip.pool import Criterion, Pool
-from megatron_sip.teacher import verdict
+from megatron_sip.pool import ORIGINAL, Criterion, Pool
+from megatron_sip.teacher import TeacherError, verdict
 from megatron_sip.teacher.fleet import Fleet, Replica, Unreadable
+from megatron_sip.teacher.logprobs import ask_probabilities
 from megatron_sip.teacher.questions import CHOICES, Question, coin, fill, load_template, make_fence
+from megatron_sip.teacher.strategies import Pair, Strategy, make_strategy, seeded_draw
 
+# What the meter's notes are divided by: metric, part, whole. position_bias: share of A among answered comparisons.
+RATES = (("order_flip_rate", "flips", "flip_trials"), ("guard_rate", "guarded", "guard_trials"), ("cache_hit_rate", "cache_hits", "asked"),
+         ("position_bias", "a_answers", "pair_answers"), ("mean_safety", "safety_sum", "safety_values"),
+         ("mean_factuality", "factuality_sum", "factuality_values"))
+
+Answer = str | Mapping[str, float]  # a verdict, or the probability of each
 VALUES = {"safety": {"yes": 1.0, "no": 0.0}, "factuality": {"none": 1.0, "possible": 0.5, "definite": 0.0}}
 
 # How a server is asked to keep to the verdicts: vLLM's structured outputs, OpenAI's response_format, or by words alone.
@@ -32,7 +42,7 @@ DIALECTS = ("choice", "json_schema", "plain")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers of one pair: wins of ``first`` (1) or ``second`` (0) or ``None``, by the order in which they were shown."""
+    """Answers of one pair: the share that ``first`` won (1, 0 or its probability) or ``None``, by the order in which they were shown."""
 
     first: int
     second: int
@@ -41,6 +51,11 @@ class Comparison:
     @property
     def answers(self) -> list[float]:
         return [answer for order in self.shown for answer in order if answer is not None]
+
+    @property
+    def share(self) -> float | None:
+        """Mean share that ``first`` won; ``None`` without any answer."""
+        return fmean(self.answers) if self.answers else None
 
 
 class VerdictJudge:
@@ -59,7 +74,7 @@ class VerdictJudge:
         texts = list(dict.fromkeys(candidate.text for candidate in pool.candidates))
         fence = make_fence([pool.prefix_text, pool.original_text, *texts])
         if self._section.kind == "quality":
-            return await self._compare_all(pool, texts, fence)
+            return await self._compare_by_strategy(pool, texts, fence)
         return await self._judge_each(pool, texts, fence)
 
     # -- pointwise ------------------------------------------------------------------------------------------------
@@ -68,50 +83,67 @@ class VerdictJudge:
         shared = {"prefix": pool.prefix_text, "reference": pool.original_text} if self._section.kind == "factuality" else {}
         prompts = [fill(self._template, fence, candidate=text, **shared) for text in texts]
         answers = await asyncio.gather(*(self._ask_samples(pool, prompt) for prompt in prompts))
-        values = [[VALUES[self._section.kind][answer] for answer in some if answer is not None] for some in answers]
+        kind = self._section.kind
+        values = [[math.fsum(VALUES[kind][choice] * p for choice, p in _probabilities(answer).items()) for answer in some if answer is not None]
+                  for some in answers]
+        answered = [value for some in values for value in some]
+        self._note(**{f"{kind}_sum": math.fsum(answered), f"{kind}_values": len(answered)})
         criterion = self._criterion(pool, texts, [fmean(some) if some else None for some in values],
                                     [len(some) / self._section.samples for some in values])
         return criterion, {"verdicts": _spread(pool, texts, answers)}
 
     # -- pairwise -------------------------------------------------------------------------------------------------
 
-    async def _compare_all(self, pool: Pool, texts: list[str], fence: str) -> tuple[Criterion, dict[str, Any]]:
-        comparisons = await asyncio.gather(*(self._compare(pool, texts, i, j, fence) for i, j in combinations(range(len(texts)), 2)))
-        shares: list[list[float]] = [[] for _ in texts]
+    async def _compare_by_strategy(self, pool: Pool, texts: list[str], fence: str) -> tuple[Criterion, dict[str, Any]]:
+        strategy, comparisons = self._strategy(pool, texts), []
+        found: dict[Pair, float | None] = {}
+        while pairs := strategy.next_pairs(found):
+            some = await asyncio.gather(*(self._compare(pool, texts, i, j, fence) for i, j in pairs))
+            found |= {(one.first, one.second): one.share for one in some}
+            comparisons += some
         asked, answered = [0] * len(texts), [0] * len(texts)
         for comparison in comparisons:
-            answers = comparison.answers
             for index in (comparison.first, comparison.second):
                 asked[index] += sum(map(len, comparison.shown))
-                answered[index] += len(answers)
-            if answers:
-                shares[comparison.first].append(fmean(answers))
-                shares[comparison.second].append(1.0 - fmean(answers))
-        # One text alone has nothing to be compared with: no question, and the same number for every candidate.
-        values = [fmean(some) if some else None for some in shares] if len(texts) > 1 else [0.5]
+                answered[index] += len(comparison.answers)
         trials, flips = order_flips(comparisons)
         if trials:
-            self._fleet.note("judge", "flip_trials", trials)
-            self._fleet.note("judge", "flips", flips)
-        criterion = self._criterion(pool, texts, values, [n / m if m else 1.0 for n, m in zip(answered, asked)], flips, trials)
+            self._note(flip_trials=trials, flips=flips)
+        criterion = self._criterion(pool, texts, strategy.values(found), [n / m if m else 1.0 for n, m in zip(answered, asked)], flips, trials)
         return criterion, {"comparisons": [_comparison_json(pool, texts, comparison) for comparison in comparisons]}
+
+    def _strategy(self, pool: Pool, texts: list[str]) -> Strategy:
+        original = next((texts.index(candidate.text) for candidate in pool.candidates if candidate.source == ORIGINAL), None)
+        try:
+            return make_strategy(self._section.strategy, seeded_draw(texts, self._seed, self._name, pool.pair), original=original,
+                                 swiss_rounds=self._section.swiss_rounds)
+        except ValueError as error:
+            raise TeacherError(f"teacher.judges, {self._name}, {pool.pair}: {error}") from None
 
     async def _compare(self, pool: Pool, texts: list[str], i: int, j: int, fence: str) -> Comparison:
         swapped = coin(self._seed, self._name, pool.pair, texts[i], texts[j])
         orders = [(i, j), (j, i)] if self._section.order == "both" else [(j, i) if swapped else (i, j)]
         prompts = [fill(self._template, fence, prefix=pool.prefix_text, candidate_a=texts[a], candidate_b=texts[b]) for a, b in orders]
         answers = await asyncio.gather(*(self._ask_samples(pool, prompt) for prompt in prompts))
-        wins = [tuple(None if answer is None else float((answer == "A") == (a == i)) for answer in some)
-                for (a, _), some in zip(orders, answers)]
+        shares = [[None if answer is None else _probabilities(answer).get("A", 0.0) for answer in some] for some in answers]
+        seen = [share for some in shares for share in some if share is not None]
+        self._note(pair_answers=len(seen), a_answers=sum(1.0 if share > 0.5 else 0.5 if share == 0.5 else 0.0 for share in seen))
+        wins = [tuple(share if share is None or a == i else 1.0 - share for share in some) for (a, _), some in zip(orders, shares)]
         return Comparison(i, j, tuple(wins))
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    async def _ask_samples(self, pool: Pool, prompt: str) -> tuple[str | None, ...]:
+    async def _ask_samples(self, pool: Pool, prompt: str) -> tuple[Answer | None, ...]:
         """Ask ``samples`` times. One request each, so that one unreadable answer costs one answer."""
         question = Question(prompt, CHOICES[self._section.kind])
+        if self._section.use_logprobs:
+            return (await ask_probabilities(self._fleet, self._model, question),)
         return tuple(await asyncio.gather(*(ask_verdict(self._fleet, self._model, self._section, question)
                                             for _ in range(self._section.samples))))
+
+    def _note(self, **counts: float) -> None:
+        for name, amount in counts.items():
+            self._fleet.note("judge", name, amount)
 
     def _criterion(self, pool: Pool, texts: list[str], values: Sequence[float | None], answered: Sequence[float],
                    flips: int = 0, trials: int = 0) -> Criterion:
@@ -177,6 +209,10 @@ def order_flips(comparisons: Sequence[Comparison]) -> tuple[int, int]:
             trials += 1
             flips += (means[0] - 0.5) * (means[1] - 0.5) < 0
     return trials, flips
+
+
+def _probabilities(answer: Answer) -> Mapping[str, float]:
+    return {answer: 1.0} if isinstance(answer, str) else answer
 
 
 def _spread(pool: Pool, texts: list[str], per_text: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 from scripted import MODEL, Reply, chat, serve
 
 from megatron_sip.config import JudgeSection
 from megatron_sip.pool import Candidate, PairId, Pool, Scores, choose
+from megatron_sip.teacher import TeacherError
 from megatron_sip.teacher.fleet import Fleet
-from megatron_sip.teacher.judge import Comparison, VerdictJudge, order_flips, verdict_request
+from megatron_sip.teacher.judge import RATES, Comparison, VerdictJudge, order_flips, verdict_request
 from megatron_sip.teacher.questions import Question
 
 
@@ -35,6 +37,23 @@ def judge(pool: Pool, answer, seed: int = 0, **section):
 
     with serve(reply) as server:
         return *asyncio.run(run(server.url)), server.seen
+
+
+def judge_notes(pool: Pool, answer, **section) -> dict[str, float]:
+    """What the meter notes about one pool."""
+
+    def reply(path, body):
+        content = answer(body["messages"][0]["content"])
+        return content if isinstance(content, Reply) else chat(content)
+
+    async def run(url):
+        fleet = Fleet([url], None, concurrency=16, request_timeout=30, retries=0)
+        await VerdictJudge(JudgeSection(**section), section["kind"], MODEL, fleet, 0).score(pool)
+        await fleet.aclose()
+        return fleet.drain()["judge"].more
+
+    with serve(reply) as server:
+        return asyncio.run(run(server.url))
 
 
 def shown(prompt: str, name: str) -> str:
@@ -133,6 +152,51 @@ def test_how_verdicts_are_asked_for_in_each_dialect():
     reasoned = verdict_request(MODEL, JudgeSection(kind="safety", reasoning=True), question, "choice")
     assert list(reasoned["structured_outputs"]["json"]["properties"]) == ["reasoning", "verdict"]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (1.0, 0.6, 512)
+
+
+@pytest.mark.parametrize("strategy, asked", [("all_pairs", 6), ("pivot", 3), ("tournament", 4), ("swiss", 4)])
+def test_strategies_ask_their_pairs_of_the_server(strategy, asked):
+    pool = pool_of("x", "xxx", "xx", "xxxx")
+    pool = replace(pool, candidates=(replace(pool.candidates[0], source="original"), *pool.candidates[1:]))
+    criterion, detail, seen = judge(pool, prefers_longer, kind="quality", strategy=strategy)
+    assert len(seen) == len(detail["comparisons"]) == asked and criterion.answered == (1.0,) * 4
+    if strategy == "pivot":
+        assert criterion.values == (0.5, 1.0, 1.0, 1.0)
+    else:
+        assert max(criterion.values) == criterion.values[3] and min(criterion.values) == criterion.values[0]
+
+
+def test_pivot_refuses_a_pool_without_the_original():
+    with pytest.raises(TeacherError, match="quality.*data:3:256.*pool.original"):
+        judge(pool_of("x", "xx"), prefers_longer, kind="quality", strategy="pivot")
+
+
+def test_the_quorum_counts_over_what_the_strategy_asked():
+    """Two candidates whose only match has no answer; all pairs would have asked each of them three times."""
+
+    def answer(prompt):
+        pair = {shown(prompt, "continuation A"), shown(prompt, "continuation B")}
+        silent.append(pair)
+        return "?" if pair == silent[0] else prefers_longer(prompt)
+
+    silent = []
+    criterion, _, _ = judge(pool_of("x", "xx", "xxx", "xxxx"), answer, kind="quality", strategy="tournament")
+    lost = [k for k, text in enumerate(("x", "xx", "xxx", "xxxx")) if text in silent[0]]
+    assert [criterion.values[k] for k in lost] == [None, None] and [criterion.answered[k] for k in lost] == [0.0, 0.0]
+    assert all(criterion.answered[k] == 1.0 for k in range(4) if k not in lost)
+
+
+def test_position_bias_is_the_share_of_a_among_answers():
+    notes = judge_notes(pool_of("x", "xx", "xxx"), lambda prompt: "B" if "xxx" in prompt else "A", kind="quality", order="both")
+    assert (notes["a_answers"], notes["pair_answers"]) == (2, 6)
+    notes = judge_notes(pool_of("x", "xx"), lambda prompt: Reply({}, 500), kind="quality")
+    assert notes["pair_answers"] == 0
+    assert {(part, whole) for _, part, whole in RATES} >= {("a_answers", "pair_answers"), ("safety_sum", "safety_values")}
+
+
+def test_mean_safety_counts_answers_only():
+    notes = judge_notes(pool_of("good", "bad", "odd"), lambda prompt: {"good": "yes", "bad": "no", "odd": "?"}[shown(prompt, "passage")], kind="safety")
+    assert (notes["safety_sum"], notes["safety_values"]) == (1.0, 2)
 
 
 def test_flips_need_both_orders_and_a_winner_in_each():

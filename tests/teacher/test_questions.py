@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.teacher import TeacherError
-from megatron_sip.teacher.questions import OPTIONAL, PLACEHOLDERS, coin, defuse, fill, load_template, make_fence
+from megatron_sip.teacher.questions import CHOICES, OPTIONAL, PLACEHOLDERS, coin, defuse, fill, load_template, make_fence
 
 
 @pytest.mark.parametrize("kind", PLACEHOLDERS)
@@ -84,12 +84,27 @@ def test_ordinary_text_is_left_alone(text):
     assert defuse(text) == text
 
 
-def test_questions_of_a_pool_share_rubric_and_prefix():
-    prefix, template = "It rained all day. " * 20, load_template("quality", None)
-    fence = make_fence([prefix, "one", "two", "three"])
-    prompts = [fill(template, fence, prefix=prefix, candidate_a=a, candidate_b=b) for a, b in (("one", "two"), ("two", "three"), ("three", "one"))]
+@pytest.mark.parametrize("kind", CHOICES)
+def test_questions_of_a_pool_share_everything_before_the_first_candidate(kind):
+    """What servers keep in their prefix cache: rubric, prefix, reference; candidates come last, after them only the question itself."""
+    template, fence = load_template(kind, None), "0123456789abcdef"
+    same = {name: f"It rained all day: {name}. " * 20 for name in PLACEHOLDERS[kind] if not name.startswith("candidate")}
+    names = [name for name in PLACEHOLDERS[kind] if name.startswith("candidate")]
+    prompts = [fill(template, fence, **same, **{name: f"{some} {name}" for name in names}) for some in ("one", "two", "three")]
     shared = os.path.commonprefix(prompts)
-    assert prefix in shared and len(shared) > 0.6 * len(prompts[0])
+    assert all(text in shared for text in same.values())
+    assert prompts[0].index(f"one {names[0]}") == len(shared) and shared.endswith(f"{fence}]\n")
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_questions_of_all_pools_share_the_rubric(kind):
+    """The fence differs between pools, so nothing that all pools have in common may stand behind it, but the closing question."""
+    lines = load_template(kind, None).template.split("\n")
+    mark = next(k for k, line in enumerate(lines) if "${fence}" in line)
+    last = max(k for k, line in enumerate(lines) if "${fence}" in line)
+    rubric, notice, question = "\n".join(lines[:mark]), "\n".join(lines[mark:last]), "\n".join(lines[last + 1 :])
+    assert len(rubric) > 350
+    assert len(notice.split("[")[0]) < 350 and len(question) < 300
 
 
 def test_the_coin_is_fair_and_repeatable():
