@@ -66,6 +66,7 @@ class Trainer:
         self.replay: Replay | None = None
         self._writing = False  # some rank's checkpoint writer is at work
         self._streams: dict[int, StepStream] = {}  # steps whose pools are under way; on leads
+        self._alarm = ""  # why health.action=stop ends the run
         self._opened = 0  # the last step whose pools were begun
 
     # -- life of a run ------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ class Trainer:
         train = self.config.train
         while self.progress.step < train.train_iters:
             failure = self._step(self.progress.step + 1)
-            stop = bool(self.stop_signal) or failure is not None or self.progress.step == train.exit_after
+            stop = bool(self.stop_signal or self._alarm) or failure is not None or self.progress.step == train.exit_after
             done = self.progress.step == train.train_iters
             with self.watch.during(f"saving step {self.progress.step}", self._patience() + 60 * self.config.checkpoint.timeout_minutes):
                 saved = self._save(last=stop or done)
@@ -110,6 +111,9 @@ class Trainer:
                 return EXIT_LOST
             if done:
                 return EXIT_DONE
+            if self._alarm:
+                self._say(f"stopped and saved after step {self.progress.step} (health.action=stop): {self._alarm}")
+                return EXIT_LOST
             if stop:
                 why = signal.Signals(self.stop_signal).name if self.stop_signal else "train.exit_after"
                 more = f" (step {self.progress.step + 1} was given up: {failure})" if failure else ""
@@ -205,9 +209,19 @@ class Trainer:
         if verdict.problem is None and grad_norm is not None:
             own["grad_norm"] = grad_norm
         with self.watch.during(f"step {step}: gathering metrics", self._patience()):
-            self.records.step(step, {**sums, **heldout}, stream, own, self.services.metrics(), self.optimizer.param_groups[0]["lr"],
-                              time.monotonic() - began)
+            warnings = self.records.step(step, {**sums, **heldout}, stream, own, self.services.metrics(), self.optimizer.param_groups[0]["lr"],
+                                         time.monotonic() - began)
+            self._warn(warnings)
         return None
+
+    def _warn(self, warnings: list[str]) -> None:
+        """Say what is wrong with judge or rollouts (rank 0 knows); with ``health.action=stop`` all ranks take it as a reason to stop."""
+        for warning in warnings:
+            say(f"WARNING: {warning}")
+        if self.config.health.action == "stop":
+            told = ["\n".join(warnings)]
+            dist.broadcast_object_list(told, src=0)
+            self._alarm = told[0]
 
     @property
     def _ahead(self) -> int:

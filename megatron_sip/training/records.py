@@ -12,12 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sip.config import RunConfig, dump_config
+from megatron_sip.health import Health
 from megatron_sip.policy.runtime import Runtime
 from megatron_sip.training.bank import Recorder
 from megatron_sip.training.checkpoint import Progress
 from megatron_sip.training.checkpoint_files import write_durably
 from megatron_sip.training.guard import Verdict
-from megatron_sip.training.jsonl import JsonLines
+from megatron_sip.training.jsonl import JsonLines, read_jsonl
 from megatron_sip.training.ledger import Ledger
 from megatron_sip.training.metrics import MetricsWriter, audit_record, means, merge_sums, pool_sums
 from megatron_sip.training.stream import Judged, StepStream
@@ -37,6 +38,7 @@ class Records:
         self._audit: JsonLines | None = None
         self._ledger: Ledger | None = None
         self._recorder: Recorder | None = None
+        self._health = Health(config.health)
         step, generating = progress.step, config.debug.generate_only
         if runtime.is_lead and config.debug.save_pools is not None:
             self._recorder = Recorder(config.debug.save_pools, runtime.dp_rank, step, runtime.dp_size)
@@ -46,6 +48,8 @@ class Records:
             self._writer = MetricsWriter(config, step, progress.wall, progress.wandb_id)
             progress.wandb_id = self._writer.run_id
             self._audit = JsonLines(config.run.dir / "audit.jsonl", step)
+            for record in list(read_jsonl(config.run.dir / "metrics.jsonl"))[-config.health.window:]:
+                self._health.look(record["step"], record)
             write_durably(config.run.dir / "run.yaml", dump_config(config))
 
     def trained(self, step: int, stream: StepStream, *, skipped: bool) -> None:
@@ -63,8 +67,8 @@ class Records:
             self._recorder.write(step, [item.outcome for item in stream.judged])
 
     def step(self, step: int, sums: dict[str, float], stream: StepStream | None, own: dict[str, float], asked: dict[str, float], lr: float,
-             seconds: float) -> None:
-        """Gather a step's numbers and write them; all ranks call it.
+             seconds: float) -> list[str]:
+        """Gather a step's numbers and write them; all ranks call it. Returns what the health of judge and rollouts gives cause to say, on rank 0.
 
         Args:
             sums: this rank's sums of loss and evaluation.
@@ -79,7 +83,7 @@ class Records:
         dist.all_gather_object(gathered, mine)
         stalled, self.stalled = self.stalled, 0.0
         if self._writer is None:
-            return
+            return []
         merged = merge_sums(gathered)
         metrics = means(merged)
         for key in ("eval loss/nll", "eval n/valid"):
@@ -92,11 +96,13 @@ class Records:
                     "time/save": stalled, "time/step": seconds, "tokens_per_second": train.global_batch_size * self._config.seq_length / seconds}
         if self._progress.bad_steps:
             metrics["guard/skipped"] = 1.0
-        self._writer.write(step, {key: value for key, value in metrics.items() if math.isfinite(value)})
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        self._writer.write(step, metrics)
         for item in [item for item in stream.judged if item.pool is not None][: self._config.log.audit_pools]:
             self._audit.write(audit_record(step, item))
         self._audit.flush()
         self._progress.wall = self._writer.wall
+        return self._health.look(step, metrics)
 
     def suspects(self, step: int, verdict: Verdict, stream: StepStream | None) -> None:
         """Pairs of a bad step to audit.jsonl; all ranks call it."""

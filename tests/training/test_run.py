@@ -116,6 +116,17 @@ def test_rollouts_of_other_weights_stop_the_run(world, scripted, tmp_path, capsy
     assert sorted(world.metrics(tmp_path / "run")) == [1]
 
 
+def test_an_alarm_about_the_judge_is_said_or_stops_the_run(world, scripted, tmp_path, capsys):
+    # An impossible standard, so that a healthy scripted judge fails it.
+    args = arguments(world, tmp_path / "run", scripted.url, "health.window=4", "health.max_position_bias=0.0001")
+    assert train.main([*args, "health.action=stop"]) == 86
+    output = capsys.readouterr().out
+    assert "WARNING: step " in output and "health.max_position_bias" in output and "(health.action=stop)" in output
+    assert 1 <= len(list((tmp_path / "run" / "checkpoints").glob("iter_*"))) <= 2
+    assert train.main(args) == 0  # a warning does not stop it
+    assert sorted(world.metrics(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
 def refused(args: list[str], capsys) -> str:
     assert train.main(args) == 2
     return capsys.readouterr().err
