@@ -5,8 +5,8 @@
     python tools/plan_run.py CONFIG --measured RUN/metrics.jsonl          # rates of your machine instead of data sheets
     python tools/plan_run.py CONFIG --check RUN/metrics.jsonl [OTHER/metrics.jsonl]
 
-Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other step of a run
-and predicts the steps between them, or from all steps of the first run and predicts the second. docs/planning.md has the formulas. Exit
+Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other two steps of a
+run and predicts those between them, or from all steps of the first run and predicts the second. docs/planning.md has the formulas. Exit
 code 2 for what cannot be planned.
 """
 

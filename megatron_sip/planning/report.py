@@ -47,8 +47,15 @@ def as_json(plan: Plan, checks: dict[int, dict[str, float]]) -> dict[str, Any]:
             "watt_hours": None if options.measured and not options.board_power else plan.watts(staleness) * plan.run_seconds[staleness] / 3600,
             "simulated": checks.get(staleness),
         } for staleness, one in plan.sizing.items()},
-        "memory_bytes_a_gpu": {"trainer": asdict(plan.trainer_memory)},
+        "memory_bytes_a_gpu": {"trainer": asdict(plan.trainer_memory), "judge": _judge_memory(plan) if plan.judge and not options.measured else None},
     }
+
+
+def _judge_memory(plan: Plan) -> dict[str, float]:
+    """Weights, and the cache of ``teacher.concurrency`` of the longest requests."""
+    one = Server(plan.judge, plan.judge_gpu, plan.judge_tensor_parallel, plan.options.assume)
+    weights, cache = memory.server(one, plan.config.teacher.concurrency, max(asked.longest for asked in plan.work.asked))
+    return {"weights": weights, "key_value_cache": cache, "tensor_parallel": plan.judge_tensor_parallel}
 
 
 def simulated(plan: Plan, staleness: int, steps: int, seed: int) -> dict[str, float]:
@@ -149,8 +156,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield (f"  trainer  {one.total / 1e9:6.1f} = weights {one.weights / 1e9:.1f} + gradients {one.gradients / 1e9:.1f} + optimizer {one.optimizer / 1e9:.1f}"
            f"{' (distributed)' if plan.config.parallel.use_distributed_optimizer else ''} + reference {one.reference / 1e9:.1f} + activations about {one.activations / 1e9:.1f}")
     if plan.judge is not None:
-        longest = max(asked.longest for asked in plan.work.asked)
-        weights, cache = memory.server(Server(plan.judge, plan.judge_gpu, plan.judge_tensor_parallel, plan.options.assume), plan.config.teacher.concurrency, longest)
+        found = _judge_memory(plan)
+        weights, cache = found["weights"], found["key_value_cache"]
         yield (f"  judge    {(weights + cache) / 1e9:6.1f} = weights {weights / 1e9:.1f} + cache of {plan.config.teacher.concurrency} requests {cache / 1e9:.1f}, "
                f"TP{plan.judge_tensor_parallel}")
     if plan.work.rollouts and plan.sizing[0].rollout_gpus:

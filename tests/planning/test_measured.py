@@ -22,10 +22,10 @@ LINE = Pipeline(pools=16, data_parallel=1, micro_batch_size=4, microbatch_second
                 rewrites=1, rewrite_seconds=0.3, slots=2, sync_seconds=0.05, update_seconds=0.1, in_process=True)
 
 
-def run(folder: Path, line: Pipeline, *overrides: str) -> Path:
+def run(folder: Path, line: Pipeline, *overrides: str, staleness: int = 0) -> Path:
     """A run folder whose metrics are those of a simulated pipeline."""
     config = load_config(ROOT / "configs" / "tiny_cpu.yaml", [*OVERRIDES, *overrides])
-    found = simulate(line, 12, 0, 1)
+    found = simulate(line, 12, staleness, 1)
     folder.mkdir()
     (folder / "run.yaml").write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps({
@@ -52,6 +52,15 @@ def test_predictions_within_and_across_runs(tmp_path) -> None:
     done = backtest.across(base, other)
     assert done.steps == 12 and done.error == pytest.approx(0.0, abs=0.05)
     assert done.measured == pytest.approx(simulate(replace(LINE, chunks=8, questions=6), 12, 0, 1).step_seconds(0))
+
+
+def test_a_run_at_staleness_1_is_predicted_and_gives_no_rates(tmp_path) -> None:
+    """The simulation alternates between long and short steps here; two in a row are what a prediction is about."""
+    base, stale = run(tmp_path / "base", LINE), run(tmp_path / "stale", LINE, "train.staleness=1", staleness=1)
+    done = backtest.across(base, stale)
+    assert done.measured < 0.95 * backtest.within(base).measured and done.error == pytest.approx(0.0, abs=0.05)
+    with pytest.raises(PlanError, match="train.staleness=0"):
+        backtest.within(stale)
 
 
 def test_an_idle_judge_is_told(tmp_path) -> None:

@@ -38,6 +38,8 @@ def test_json_holds_the_same_numbers() -> None:
     found = json.loads(done.stdout)
     plan = plan_of("scratch_rfnll", judge_parameters=8e9, trainer_gpus=8, judge_gpus=16)
     assert found["step"]["judge_questions"] == 3840 and found["run"]["judge_questions"] == 80_640_000
+    judge = found["memory_bytes_a_gpu"]["judge"]
+    assert judge["weights"] == 16e9 and judge["key_value_cache"] == pytest.approx(64 * max(a.longest for a in plan.work.asked) * 2 * 2 * 32 * 8 * 128)
     one = found["staleness"]["1"]
     assert one["judge_gpus"] == 16 and one["step_seconds"] == pytest.approx(plan.sizing[1].step_seconds)
     assert one["gpu_hours"] == pytest.approx((8 + 16 + one["rollout_gpus"]) * one["run_hours"]) and one["watt_hours"] == pytest.approx(500 * one["gpu_hours"])
