@@ -110,7 +110,8 @@ def rates_of(records: Sequence[dict[str, float]], config: RunConfig, **gpus: int
         values = [one[name] for one in ones if one[name] is not None]
         return median(values) if values else empty
 
-    return Rates(middle("train", inf), middle("rollout", inf), middle("judge", inf), middle("rewrite", inf), middle("sync", 0.0), middle("other", 0.0),
+    return Rates(middle("train", inf), middle("rollout", inf), middle("judge", inf), middle("rewrite", inf), middle("sync", 0.0),
+                 middle("other", 0.0),
                  **gpus, judge_was_bottleneck=middle("waiting", 0.0) > 0.1, steps=len(ones))
 
 

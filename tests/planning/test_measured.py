@@ -16,7 +16,8 @@ from megatron_sip.planning.plan import Options, make_plan
 from megatron_sip.planning.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
-OVERRIDES = ["pool.rollouts_start_step=0", "train.train_iters=12", "optimizer.lr_warmup_iters=2", "train.global_batch_size=16", "teacher.judges=[{kind: safety}]",
+OVERRIDES = ["pool.rollouts_start_step=0", "train.train_iters=12", "optimizer.lr_warmup_iters=2", "train.global_batch_size=16",
+             "teacher.judges=[{kind: safety}]",
              "rollout.batch_size=8"]
 LINE = Pipeline(pools=16, data_parallel=1, micro_batch_size=4, microbatch_seconds=0.5, chunks=4, chunk_seconds=0.4, questions=4, question_seconds=0.2,
                 rewrites=1, rewrite_seconds=0.3, slots=2, sync_seconds=0.05, update_seconds=0.1, in_process=True)
@@ -30,7 +31,8 @@ def run(folder: Path, line: Pipeline, *overrides: str, staleness: int = 0) -> Pa
     (folder / "run.yaml").write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps({
         "step": step, "time/step": seconds, "time/wait_judge": waited, "time/train": line.training_seconds, "time/rollout": line.rollout_seconds,
-        "time/sync": line.sync_seconds, "time/other": line.update_seconds, "judge/questions": line.pools * line.questions, "rewrite/questions": line.pools * line.rewrites,
+        "time/sync": line.sync_seconds, "time/other": line.update_seconds, "judge/questions": line.pools * line.questions,
+        "rewrite/questions": line.pools * line.rewrites,
         "judge/latency_p50": line.question_seconds, "rewrite/latency_p50": line.rewrite_seconds}) + "\n"
         for step, (seconds, waited) in enumerate(zip(found.seconds, found.waited), 1)))
     return folder / "metrics.jsonl"
@@ -80,8 +82,10 @@ def test_rates_scale_with_devices(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text, says", [
-    ("[1]", "must give train_tokens_per_second"), ("{train_tokens_per_second: 5, speed: 1}", "and nothing else"), ("{train_tokens_per_second: -5}", "must be a number above 0"),
-    ("{train_tokens_per_second: fast}", "train_tokens_per_second='fast'"), ("{train_tokens_per_second: 5, trainer_gpus: 0}", "trainer_gpus=0 must be a number above 0")])
+    ("[1]", "must give train_tokens_per_second"), ("{train_tokens_per_second: 5, speed: 1}", "and nothing else"),
+    ("{train_tokens_per_second: -5}", "must be a number above 0"),
+    ("{train_tokens_per_second: fast}", "train_tokens_per_second='fast'"),
+    ("{train_tokens_per_second: 5, trainer_gpus: 0}", "trainer_gpus=0 must be a number above 0")])
 def test_bad_rates(tmp_path, text, says) -> None:
     (tmp_path / "rates.yaml").write_text(text)
     with pytest.raises(PlanError, match=says):
