@@ -5,8 +5,8 @@
     python tools/plan_run.py CONFIG --measured RUN/metrics.jsonl          # rates of your machine instead of data sheets
     python tools/plan_run.py CONFIG --check RUN/metrics.jsonl [OTHER/metrics.jsonl]
 
-Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other step of a run
-and predicts the steps between them, or from all steps of the first run and predicts the second. docs/planning.md has the formulas. Exit
+Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other two steps of a
+run and predicts those between them, or from all steps of the first run and predicts the second. docs/planning.md has the formulas. Exit
 code 2 for what cannot be planned.
 """
 
@@ -44,7 +44,8 @@ def arguments() -> argparse.ArgumentParser:
     models.add_argument("--policy-parameters", type=float, help="a policy of this size and the shape of Llama instead of the model section, e.g. 7e9")
     models.add_argument("--judge-parameters", type=float, help="e.g. 8e9 (default: from teacher.model's config.json)")
     models.add_argument("--judge-active-parameters", type=float, help="of a mixture of experts")
-    models.add_argument("--staleness", type=int, choices=(0, 1), help="the one that details are shown for (both are planned; default: train.staleness)")
+    models.add_argument("--staleness", type=int, choices=(0, 1),
+                        help="the one that details are shown for (both are planned; default: train.staleness)")
     models.add_argument("--target-wait", type=float, default=0.05, help="share of a step that the trainer may wait at staleness 1 (default 0.05)")
     models.add_argument("--rewrites-cached", action="store_true", help="all rewrites are in the cache already")
     models.add_argument("--comparisons", type=int, help="pairs of a pool that a quality judge compares (default: all)")
@@ -53,7 +54,8 @@ def arguments() -> argparse.ArgumentParser:
     for name in ("trainer", "rollout", "judge"):
         rates.add_argument(f"--measured-{name}-gpus", type=int, default=1, help=f"{name} devices of that metrics.jsonl (default 1)")
     rates.add_argument("--check", type=Path, nargs="+", metavar="METRICS", help="one or two metrics.jsonl: error of the predicted step time")
-    rates.add_argument("--simulate", type=int, default=0, metavar="STEPS", help="run so many steps of the planned fleet as a discrete-event simulation")
+    rates.add_argument("--simulate", type=int, default=0, metavar="STEPS",
+                       help="run so many steps of the planned fleet as a discrete-event simulation")
     rates.add_argument("--seed", type=int, default=1, help="of the simulation")
     parser.add_argument("--json", action="store_true", help="print plain values")
     assumptions = parser.add_argument_group("assumptions")
@@ -62,7 +64,8 @@ def arguments() -> argparse.ArgumentParser:
         if item.name == "pool_routing":
             assumptions.add_argument(flag, action="store_true", help=report.meaning(item.name))
         else:
-            assumptions.add_argument(flag, type=type(item.default), default=item.default, help=f"{report.meaning(item.name)} (default {item.default:g})")
+            assumptions.add_argument(flag, type=type(item.default), default=item.default,
+                                     help=f"{report.meaning(item.name)} (default {item.default:g})")
     return parser
 
 

@@ -4,7 +4,7 @@ In: a run's metrics.jsonl (RUN/run.yaml beside it says what its steps did), or a
 
 From metrics, of the steps with pools: trained tokens over ``time/train``; rollout tokens over ``time/rollout``; questions over the time in which they
 were under way. That is the time from the first question to the last answer, as far as the metrics tell: the rollouts after the first chunk, the waiting, and the training
-but for the last microbatch; at staleness 1, the whole step. Where the trainer hardly waits, the judge was not the bottleneck and its rate is a lower limit.
+but for the last microbatch. Where the trainer hardly waits, the judge was not the bottleneck and its rate is a lower limit.
 """
 
 from __future__ import annotations
@@ -97,14 +97,21 @@ def read_run(path: Path, config: RunConfig | None = None) -> tuple[list[dict[str
 
 
 def rates_of(records: Sequence[dict[str, float]], config: RunConfig, **gpus: int) -> Rates:
-    """Medians over steps; a first step with pools often pays for start-up, and a median does not mind."""
+    """Medians over steps; a first step with pools often pays for start-up, and a median does not mind.
+
+    Raises:
+        PlanError: a run at staleness 1, whose metrics do not tell when questions were under way.
+    """
+    if config.train.staleness:
+        raise PlanError("rates are taken from a run with train.staleness=0: at 1 the metrics of a step do not tell when its questions were under way")
     ones = [_one(record, config) for record in records]
 
     def middle(name: str, empty: float) -> float:
         values = [one[name] for one in ones if one[name] is not None]
         return median(values) if values else empty
 
-    return Rates(middle("train", inf), middle("rollout", inf), middle("judge", inf), middle("rewrite", inf), middle("sync", 0.0), middle("other", 0.0),
+    return Rates(middle("train", inf), middle("rollout", inf), middle("judge", inf), middle("rewrite", inf), middle("sync", 0.0),
+                 middle("other", 0.0),
                  **gpus, judge_was_bottleneck=middle("waiting", 0.0) > 0.1, steps=len(ones))
 
 
@@ -129,8 +136,6 @@ def _one(record: dict[str, float], config: RunConfig) -> dict[str, float | None]
 def busy_window(record: dict[str, float], config: RunConfig) -> float:
     """Seconds in which questions of a step were under way, as far as the metrics tell (one replica)."""
     plan, train = plan_step(config, int(record["step"])), config.train
-    if train.staleness:
-        return record["time/step"]
     rollout, waited, trained = (record.get(f"time/{name}", 0.0) for name in ("rollout", "wait_judge", "train"))
     microbatches = max(1, train.global_batch_size // train.micro_batch_size)
     chunks = -(-train.global_batch_size // max(1, config.rollout.batch_size // max(1, plan.rollouts)))

@@ -204,8 +204,9 @@ class _Planner:
             update, sync = rates.other_seconds, rates.sync_seconds if work.rollouts else 0.0
         chunks, writing = self._rollouts(work, rollout_gpus)
         questions, question, rewrite, slots = self._fleet(work, judge_gpus)
-        return Pipeline(work.pools, self.data_parallel, config.train.micro_batch_size, seconds / microbatches, chunks, writing / chunks if chunks else 0.0,
-                        questions, question, 1 if work.rewriter else 0, rewrite, slots, 0.0 if rates else self.assume.latency_sigma, sync, update, self.in_process)
+        return Pipeline(
+            work.pools, self.data_parallel, config.train.micro_batch_size, seconds / microbatches, chunks, writing / chunks if chunks else 0.0, questions,
+            question, 1 if work.rewriter else 0, rewrite, slots, 0.0 if rates else self.assume.latency_sigma, sync, update, self.in_process)
 
     @property
     def policy_width(self) -> int:
@@ -287,7 +288,8 @@ class _Planner:
         reachable = staleness == 1 and best.turnaround(SURE) / 2 <= self._longest(best) and (
             not separate or best.rollout_seconds <= self._writing_room(best))
         return Sizing(staleness, rollout if separate else 0, judge, seconds, pipeline.wait_share(staleness),
-                      (pipeline.judging_seconds + pipeline.rewriting_seconds) / seconds, pipeline.rollout_seconds / seconds if separate else 0.0, reachable, pipeline)
+                      (pipeline.judging_seconds + pipeline.rewriting_seconds) / seconds, pipeline.rollout_seconds / seconds if separate else 0.0,
+                      reachable, pipeline)
 
     def _enough(self, rollout: float, judge: float, staleness: int, unlimited_rollout: float) -> bool:
         """Is this fleet large enough, compared with judges (and rollout servers) without number?"""
@@ -302,7 +304,8 @@ class _Planner:
         judging = pipeline.judging_seconds + pipeline.rewriting_seconds
         # Where even the slowest single answers hold the trainer up: as close to that as the trainer may wait.
         turnaround = max(self._longest(pipeline), unlimited.turnaround(SURE) / 2 / (1.0 - self.options.target_wait))
-        written = self.in_process or pipeline.rollout_seconds <= max(self._writing_room(pipeline), unlimited.rollout_seconds / (1.0 - self.options.target_wait))
+        written = self.in_process or pipeline.rollout_seconds <= max(self._writing_room(pipeline),
+                                                                     unlimited.rollout_seconds / (1.0 - self.options.target_wait))
         return judging <= room and pipeline.turnaround(SURE) / 2 <= turnaround and written
 
     def _writing_room(self, pipeline: Pipeline) -> float:
@@ -342,7 +345,8 @@ class _Planner:
         chosen = sizing[options.staleness]
         servers = chosen.judge_gpus / self.judge_tp
         return Plan(
-            config, options, self.policy, self.judge, self.gpu, self.judge_gpu, self.trainer_gpus, self.data_parallel, self.rollout_tp, self.judge_tp, self.work,
+            config, options, self.policy, self.judge, self.gpu, self.judge_gpu, self.trainer_gpus, self.data_parallel, self.rollout_tp,
+            self.judge_tp, self.work,
             costs.training(self.work, self.policy, config),
             self.rollout_work(self.work, max(1.0, (chosen.rollout_gpus or self._own()) / self.rollout_tp)),
             self.judge_work(self.work, servers) if self.judge is not None else {}, trainer, sizing, config.train.train_iters,

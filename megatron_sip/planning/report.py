@@ -13,12 +13,15 @@ from megatron_sip.planning.simulate import simulate
 
 _WHAT = {
     "mfu_train": "share of peak FLOP/s in forward and backward", "mfu_prefill": "share of peak FLOP/s when servers read prompts",
-    "decode_bandwidth": "share of peak memory bandwidth when servers write", "prefix_cache": "share of the shareable prompt tokens that the cache spares",
+    "decode_bandwidth": "share of peak memory bandwidth when servers write",
+    "prefix_cache": "share of the shareable prompt tokens that the cache spares",
     "sync_bandwidth": "bytes/s of the folder through which weights go to rollout servers, each way",
     "step_overhead": "s a step outside forward and backward", "answer_tokens": "tokens of a verdict without reasoning",
     "reasoning_tokens": "tokens of a verdict with reasoning", "judge_tokens": "judge tokens a policy token",
-    "characters_per_token": "characters a token of the templates, unless teacher.model has a tokenizer", "chat_tokens": "tokens that a chat template adds",
-    "vocab_size": "of the policy", "latency_sigma": "sigma of the lognormal latency of answers", "utilisation": "largest planned share of a server's time",
+    "characters_per_token": "characters a token of the templates, unless teacher.model has a tokenizer",
+    "chat_tokens": "tokens that a chat template adds",
+    "vocab_size": "of the policy", "latency_sigma": "sigma of the lognormal latency of answers",
+    "utilisation": "largest planned share of a server's time",
     "memory_share": "largest planned share of a board's memory", "pool_routing": "all questions of a pool go to one server",
 }
 
@@ -36,7 +39,8 @@ def as_json(plan: Plan, checks: dict[int, dict[str, float]]) -> dict[str, Any]:
             "asked": {one.name: {"questions": one.questions * work.pools, "prompt_tokens": one.prompt_tokens * work.pools,
                                  "answer_tokens": one.questions * one.answer_tokens * work.pools} for one in work.asked},
             "train_tokens": work.rows * work.sequence, "rollout_tokens": work.pools * work.rollouts * work.suffix,
-            "training_flops": asdict(plan.training), "rollouts": asdict(plan.rollouts), "judging": {name: asdict(one) for name, one in plan.judging.items()},
+            "training_flops": asdict(plan.training), "rollouts": asdict(plan.rollouts),
+            "judging": {name: asdict(one) for name, one in plan.judging.items()},
         },
         "run": {"steps": plan.steps, "judge_questions": plan.run_questions, "rewrites": plan.run_rewrites},
         "trainer_gpus": plan.trainer_gpus,
@@ -47,8 +51,15 @@ def as_json(plan: Plan, checks: dict[int, dict[str, float]]) -> dict[str, Any]:
             "watt_hours": None if options.measured and not options.board_power else plan.watts(staleness) * plan.run_seconds[staleness] / 3600,
             "simulated": checks.get(staleness),
         } for staleness, one in plan.sizing.items()},
-        "memory_bytes_a_gpu": {"trainer": asdict(plan.trainer_memory)},
+        "memory_bytes_a_gpu": {"trainer": asdict(plan.trainer_memory), "judge": _judge_memory(plan) if plan.judge and not options.measured else None},
     }
+
+
+def _judge_memory(plan: Plan) -> dict[str, float]:
+    """Weights, and the cache of ``teacher.concurrency`` of the longest requests."""
+    one = Server(plan.judge, plan.judge_gpu, plan.judge_tensor_parallel, plan.options.assume)
+    weights, cache = memory.server(one, plan.config.teacher.concurrency, max(asked.longest for asked in plan.work.asked))
+    return {"weights": weights, "key_value_cache": cache, "tensor_parallel": plan.judge_tensor_parallel}
 
 
 def simulated(plan: Plan, staleness: int, steps: int, seed: int) -> dict[str, float]:
@@ -68,7 +79,8 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
     rates = options.measured
     yield f"Plan of {config.run.name}: {plan.steps:,} steps of {work.pools} pairs, policy of {_count(plan.policy.total)} parameters"
     if plan.judge is not None and rates is None:
-        yield f"judge of {_count(plan.judge.total)} parameters" + (f", {_count(plan.judge.active)} active" if plan.judge.active < plan.judge.total else "")
+        active = f", {_count(plan.judge.active)} active" if plan.judge.active < plan.judge.total else ""
+        yield f"judge of {_count(plan.judge.total)} parameters{active}"
     yield "Computed, not measured; built on the assumptions at the end." if rates is None else (
         f"Times are from rates measured on {rates.trainer_gpus} trainer, {rates.rollout_gpus} rollout and {rates.judge_gpus} judge device(s)"
         + (f", {rates.steps} steps." if rates.steps else "."))
@@ -138,19 +150,21 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
                    f"{options.board_power or gpu.power:.0f} W (vendor data sheet" + (", power as given)" if options.board_power else ")"))
         for name, value in asdict(options.assume).items():
             yield f"  --{name.replace('_', '-')} {value:g}   {_WHAT[name]}" if not isinstance(value, bool) else f"  --{name.replace('_', '-')} {value}   {_WHAT[name]}"
-    yield "  every rollout has its full length, no two candidates are alike, no answer fails" + ("; rewrites are cached" if options.rewrites_cached else "")
+    cached = "; rewrites are cached" if options.rewrites_cached else ""
+    yield f"  every rollout has its full length, no two candidates are alike, no answer fails{cached}"
     if rates is not None:
         yield "  rates grow in proportion to the number of devices"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     one = plan.trainer_memory
-    yield from _head(f"Memory a GPU, GB of {plan.gpu.memory / 1e9:.0f}" + (f" ({plan.judge_gpu.memory / 1e9:.0f} judge)" if plan.judge_gpu != plan.gpu else ""))
+    other = f" ({plan.judge_gpu.memory / 1e9:.0f} judge)" if plan.judge_gpu != plan.gpu else ""
+    yield from _head(f"Memory a GPU, GB of {plan.gpu.memory / 1e9:.0f}{other}")
     yield (f"  trainer  {one.total / 1e9:6.1f} = weights {one.weights / 1e9:.1f} + gradients {one.gradients / 1e9:.1f} + optimizer {one.optimizer / 1e9:.1f}"
            f"{' (distributed)' if plan.config.parallel.use_distributed_optimizer else ''} + reference {one.reference / 1e9:.1f} + activations about {one.activations / 1e9:.1f}")
     if plan.judge is not None:
-        longest = max(asked.longest for asked in plan.work.asked)
-        weights, cache = memory.server(Server(plan.judge, plan.judge_gpu, plan.judge_tensor_parallel, plan.options.assume), plan.config.teacher.concurrency, longest)
+        found = _judge_memory(plan)
+        weights, cache = found["weights"], found["key_value_cache"]
         yield (f"  judge    {(weights + cache) / 1e9:6.1f} = weights {weights / 1e9:.1f} + cache of {plan.config.teacher.concurrency} requests {cache / 1e9:.1f}, "
                f"TP{plan.judge_tensor_parallel}")
     if plan.work.rollouts and plan.sizing[0].rollout_gpus:

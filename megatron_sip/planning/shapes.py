@@ -86,7 +86,8 @@ def of_parameters(total: float, active: float | None = None) -> Shape:
 def of_config(model: ModelSection, vocab_size: int, tensor_parallel: int = 1) -> Shape:
     """The policy; its vocabulary is padded as Megatron pads it."""
     multiple = model.make_vocab_size_divisible_by * tensor_parallel
-    return Shape(model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads, model.num_query_groups or model.num_attention_heads,
+    heads = model.num_attention_heads
+    return Shape(model.num_layers, model.hidden_size, model.ffn_hidden_size, heads, model.num_query_groups or heads,
                  -(-vocab_size // multiple) * multiple, tied=not model.untie_embeddings_and_output_weights)
 
 

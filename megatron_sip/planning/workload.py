@@ -131,7 +131,8 @@ def workload(config: RunConfig, plan: StepPlan, assume: Assumptions, *, rewrites
         raise PlanError(str(error)) from None
     rows = config.train.global_batch_size * (2 if plan.paired else 1)
     reference = rows if plan.paired and config.objective.reference != "none" else 0
-    return Workload(config.train.global_batch_size, size, judges, rewriter, plan.rollouts, rows, reference, config.seq_length, config.data.prefix_length,
+    return Workload(config.train.global_batch_size, size, judges, rewriter, plan.rollouts, rows, reference, config.seq_length,
+                    config.data.prefix_length,
                     config.data.suffix_length)
 
 

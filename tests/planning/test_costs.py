@@ -78,7 +78,8 @@ def test_memory_of_the_trainer() -> None:
     config = load_config(CONFIGS / "scratch_1b.yaml")
     split = memory.trainer(work, shape, config, 8)
     assert split.optimizer == pytest.approx(plain.optimizer / 8) and split.weights == plain.weights
-    config, work, shape = setup("scratch_1b", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2", "model.params_dtype=float32")
+    config, work, shape = setup("scratch_1b", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2",
+                                "model.params_dtype=float32")
     layers = 24 * shape.layer_parameters / 2 + shape.embedding
     both = memory.trainer(work, shape, config, 8)
     assert both.weights == pytest.approx(4 * layers / 2, rel=1e-4) and both.optimizer == pytest.approx(8 * layers / 2 / 8, rel=1e-4)

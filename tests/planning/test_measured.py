@@ -16,21 +16,23 @@ from megatron_sip.planning.plan import Options, make_plan
 from megatron_sip.planning.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
-OVERRIDES = ["pool.rollouts_start_step=0", "train.train_iters=12", "optimizer.lr_warmup_iters=2", "train.global_batch_size=16", "teacher.judges=[{kind: safety}]",
+OVERRIDES = ["pool.rollouts_start_step=0", "train.train_iters=12", "optimizer.lr_warmup_iters=2", "train.global_batch_size=16",
+             "teacher.judges=[{kind: safety}]",
              "rollout.batch_size=8"]
 LINE = Pipeline(pools=16, data_parallel=1, micro_batch_size=4, microbatch_seconds=0.5, chunks=4, chunk_seconds=0.4, questions=4, question_seconds=0.2,
                 rewrites=1, rewrite_seconds=0.3, slots=2, sync_seconds=0.05, update_seconds=0.1, in_process=True)
 
 
-def run(folder: Path, line: Pipeline, *overrides: str) -> Path:
+def run(folder: Path, line: Pipeline, *overrides: str, staleness: int = 0) -> Path:
     """A run folder whose metrics are those of a simulated pipeline."""
     config = load_config(ROOT / "configs" / "tiny_cpu.yaml", [*OVERRIDES, *overrides])
-    found = simulate(line, 12, 0, 1)
+    found = simulate(line, 12, staleness, 1)
     folder.mkdir()
     (folder / "run.yaml").write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps({
         "step": step, "time/step": seconds, "time/wait_judge": waited, "time/train": line.training_seconds, "time/rollout": line.rollout_seconds,
-        "time/sync": line.sync_seconds, "time/other": line.update_seconds, "judge/questions": line.pools * line.questions, "rewrite/questions": line.pools * line.rewrites,
+        "time/sync": line.sync_seconds, "time/other": line.update_seconds, "judge/questions": line.pools * line.questions,
+        "rewrite/questions": line.pools * line.rewrites,
         "judge/latency_p50": line.question_seconds, "rewrite/latency_p50": line.rewrite_seconds}) + "\n"
         for step, (seconds, waited) in enumerate(zip(found.seconds, found.waited), 1)))
     return folder / "metrics.jsonl"
@@ -54,6 +56,15 @@ def test_predictions_within_and_across_runs(tmp_path) -> None:
     assert done.measured == pytest.approx(simulate(replace(LINE, chunks=8, questions=6), 12, 0, 1).step_seconds(0))
 
 
+def test_a_run_at_staleness_1_is_predicted_and_gives_no_rates(tmp_path) -> None:
+    """The simulation alternates between long and short steps here; two in a row are what a prediction is about."""
+    base, stale = run(tmp_path / "base", LINE), run(tmp_path / "stale", LINE, "train.staleness=1", staleness=1)
+    done = backtest.across(base, stale)
+    assert done.measured < 0.95 * backtest.within(base).measured and done.error == pytest.approx(0.0, abs=0.05)
+    with pytest.raises(PlanError, match="train.staleness=0"):
+        backtest.within(stale)
+
+
 def test_an_idle_judge_is_told(tmp_path) -> None:
     quick = run(tmp_path / "quick", replace(LINE, question_seconds=0.001, rewrite_seconds=0.001))
     assert not read_rates(quick).judge_was_bottleneck
@@ -71,8 +82,10 @@ def test_rates_scale_with_devices(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text, says", [
-    ("[1]", "must give train_tokens_per_second"), ("{train_tokens_per_second: 5, speed: 1}", "and nothing else"), ("{train_tokens_per_second: -5}", "must be a number above 0"),
-    ("{train_tokens_per_second: fast}", "train_tokens_per_second='fast'"), ("{train_tokens_per_second: 5, trainer_gpus: 0}", "trainer_gpus=0 must be a number above 0")])
+    ("[1]", "must give train_tokens_per_second"), ("{train_tokens_per_second: 5, speed: 1}", "and nothing else"),
+    ("{train_tokens_per_second: -5}", "must be a number above 0"),
+    ("{train_tokens_per_second: fast}", "train_tokens_per_second='fast'"),
+    ("{train_tokens_per_second: 5, trainer_gpus: 0}", "trainer_gpus=0 must be a number above 0")])
 def test_bad_rates(tmp_path, text, says) -> None:
     (tmp_path / "rates.yaml").write_text(text)
     with pytest.raises(PlanError, match=says):

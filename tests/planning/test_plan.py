@@ -24,7 +24,8 @@ def plan_of(name: str, *overrides: str, **options):
 
 
 def test_report() -> None:
-    done = tool("configs/continual_safety.yaml", "--judge-parameters", "8e9", "--gpu", "h200", "--mfu-train", "0.3", "train.train_iters=1000", "--simulate", 3,
+    done = tool("configs/continual_safety.yaml", "--judge-parameters", "8e9", "--gpu", "h200", "--mfu-train", "0.3", "train.train_iters=1000",
+                "--simulate", 3,
                 "train.global_batch_size=8")
     assert done.returncode == 0, done.stderr
     assert "6,120 questions" in done.stdout and "whole run 6.12 M" in done.stdout
@@ -38,6 +39,8 @@ def test_json_holds_the_same_numbers() -> None:
     found = json.loads(done.stdout)
     plan = plan_of("scratch_rfnll", judge_parameters=8e9, trainer_gpus=8, judge_gpus=16)
     assert found["step"]["judge_questions"] == 3840 and found["run"]["judge_questions"] == 80_640_000
+    judge = found["memory_bytes_a_gpu"]["judge"]
+    assert judge["weights"] == 16e9 and judge["key_value_cache"] == pytest.approx(64 * max(a.longest for a in plan.work.asked) * 2 * 2 * 32 * 8 * 128)
     one = found["staleness"]["1"]
     assert one["judge_gpus"] == 16 and one["step_seconds"] == pytest.approx(plan.sizing[1].step_seconds)
     assert one["gpu_hours"] == pytest.approx((8 + 16 + one["rollout_gpus"]) * one["run_hours"]) and one["watt_hours"] == pytest.approx(500 * one["gpu_hours"])
@@ -53,7 +56,8 @@ def test_a_run_without_a_teacher_needs_no_judge() -> None:
 @pytest.mark.parametrize("arguments, says", [
     (["--gpu", "V100"], "unknown GPU 'V100'; known: A100, H100, H200, B200, L40S"),
     ([], "the judge's size is not known"),
-    (["--judge-parameters", "8e9", "--trainer-gpus", "3", "parallel.tensor_model_parallel_size=2"], "impossible layout on 3 trainer GPUs: world size = 3 is not divisible"),
+    (["--judge-parameters", "8e9", "--trainer-gpus", "3", "parallel.tensor_model_parallel_size=2"],
+     "impossible layout on 3 trainer GPUs: world size = 3 is not divisible"),
     (["--judge-parameters", "8e9", "--policy-parameters", "70e9"], "impossible layout: the trainer needs"),
     (["--judge-parameters", "700e9", "--judge-tensor-parallel", "4"], "impossible layout: the judge needs"),
     (["--judge-parameters", "70e9", "--judge-gpus", "3"], "--judge-gpus=3 is not a multiple of"),

@@ -16,14 +16,16 @@ from megatron_sip.planning.plan import Options, make_plan
 from megatron_sip.planning.simulate import simulate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BASE = Pipeline(pools=32, data_parallel=2, micro_batch_size=4, microbatch_seconds=1.0, chunks=4, chunk_seconds=0.25, questions=6, question_seconds=0.5,
+BASE = Pipeline(pools=32, data_parallel=2, micro_batch_size=4, microbatch_seconds=1.0, chunks=4, chunk_seconds=0.25, questions=6,
+                question_seconds=0.5,
                 slots=64, sigma=0.6, sync_seconds=0.1, update_seconds=0.05)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 4), st.integers(0, 3), st.integers(0, 1), st.integers(1, 9),
        st.integers(0, 1), st.booleans(), st.integers(0, 99))
-def test_every_pool_is_trained_once_and_every_question_answered_once(replicas, size, microbatches, chunks, questions, rewrites, slots, staleness, in_process, seed):
+def test_every_pool_is_trained_once_and_every_question_answered_once(replicas, size, microbatches, chunks, questions, rewrites, slots, staleness,
+                                                                     in_process, seed):
     pools = replicas * size * microbatches
     pipeline = Pipeline(pools, replicas, size, 1.0, chunks, 0.5, questions, 0.3, rewrites, 0.7, slots, 0.6, 0.1, 0.1, in_process)
     found = simulate(pipeline, 5, staleness, seed)
@@ -67,8 +69,10 @@ def test_staleness_hides_judging_as_long_as_training() -> None:
 
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("change", [
-    {}, {"slots": 16}, {"slots": 200}, {"microbatch_seconds": 0.1}, {"rewrites": 1, "rewrite_seconds": 2.0}, {"rewrites": 1, "rewrite_seconds": 2.0, "slots": 16},
-    {"in_process": True}, {"in_process": True, "rewrites": 1, "rewrite_seconds": 3.0, "slots": 8}, {"chunks": 1, "chunk_seconds": 3.0}, {"questions": 0}, {"chunks": 0},
+    {}, {"slots": 16}, {"slots": 200}, {"microbatch_seconds": 0.1}, {"rewrites": 1, "rewrite_seconds": 2.0},
+    {"rewrites": 1, "rewrite_seconds": 2.0, "slots": 16},
+    {"in_process": True}, {"in_process": True, "rewrites": 1, "rewrite_seconds": 3.0, "slots": 8}, {"chunks": 1, "chunk_seconds": 3.0},
+    {"questions": 0}, {"chunks": 0},
     {"sigma": 0.0, "slots": 24}], ids=str)
 def test_the_closed_form_is_near(change: dict, staleness: int) -> None:
     pipeline = replace(BASE, **change)
@@ -77,7 +81,8 @@ def test_the_closed_form_is_near(change: dict, staleness: int) -> None:
 
 
 @pytest.mark.parametrize("name, policy, judge, gpus, more", [
-    ("scratch_1b", None, 8e9, 1, []), ("scratch_rfnll", None, 8e9, 1, ["--cached"]), ("scratch_rfnll", 7e9, 8e9, 4, ["parallel.tensor_model_parallel_size=2"]),
+    ("scratch_1b", None, 8e9, 1, []), ("scratch_rfnll", None, 8e9, 1, ["--cached"]),
+    ("scratch_rfnll", 7e9, 8e9, 4, ["parallel.tensor_model_parallel_size=2"]),
     ("continual_safety", None, 8e9, 1, ["train.global_batch_size=16"]), ("scratch_rfnll", None, 70e9, 1, ["--cached"])])
 def test_with_the_judges_that_a_plan_names_the_trainer_waits_less_than_a_twentieth(name, policy, judge, gpus, more) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", [item for item in more if not item.startswith("--")])

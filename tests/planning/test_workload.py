@@ -49,7 +49,8 @@ def test_cached_rewrites_and_fewer_comparisons() -> None:
 
 
 def test_steps_before_the_rollouts_ask_nothing_and_a_ramp_is_added_up() -> None:
-    overrides = ["pool.rollouts=3", "pool.rollouts_start_step=10", "pool.rollouts_ramp_steps=4", "train.train_iters=16", "optimizer.lr_warmup_iters=2"]
+    overrides = ["pool.rollouts=3", "pool.rollouts_start_step=10", "pool.rollouts_ramp_steps=4", "train.train_iters=16",
+                 "optimizer.lr_warmup_iters=2"]
     assert work_of("scratch_1b", *overrides, step=10).questions == 0
     plan = make_plan(load_config(CONFIGS / "scratch_1b.yaml", overrides), Options(judge_parameters=8e9))
     by_rollouts = {k: 256 * 5 * ((2 + k) * (1 + k) // 2 + 2 + k) for k in (1, 2, 3)}
@@ -84,7 +85,8 @@ def test_counts_lengths_and_sharing_are_those_of_the_real_prompts(kind: str, ord
     """One character is one token here: prompts of the real judge, and a trie of them for what they have in common."""
     size, prefix, suffix, samples = 5, 40, 30, 3
     texts = [chr(ord("a") + i) * suffix for i in range(size)]
-    pool = Pool("pair", (1,), "p" * prefix, tuple(Candidate(ORIGINAL if i == 0 else ROLLOUT, (1,), text, index=i) for i, text in enumerate(texts)), texts[0])
+    pool = Pool("pair", (1,), "p" * prefix, tuple(Candidate(ORIGINAL if i == 0 else ROLLOUT, (1,), text, index=i) for i, text in enumerate(texts)),
+                texts[0])
     section = JudgeSection(kind=kind, samples=samples, order=order)
     fleet = Recorder()
     asyncio.run(VerdictJudge(section, kind, "m", fleet, 1).score(pool))
