@@ -106,7 +106,8 @@ def running_teacher(options: argparse.Namespace, judge: JudgeSection) -> Iterato
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         urls, key = [options.url], None
         if not options.url:
-            servers = LocalServers(options.model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
+            servers = LocalServers(options.model, 1, log_dir=Path(scratch), name="teacher",
+                                   extra_args=["--dtype", "float32", "--max-model-len", "2048"])
             stack.callback(servers.close)
             servers.start()
             servers.wait_ready()
@@ -166,7 +167,8 @@ def check(teacher: Teacher, passages: Sequence[Passage], repeats: int) -> dict[s
            for name in names}
     again = [float(a == b) for first, second in zip(rounds, rounds[1:]) for x, y in zip(first, second)
              if (a := first_wins(x)) is not None and (b := first_wins(y)) is not None]
-    health = {name: metrics[f"judge/{name}"] for name in ("no_answer_rate", "order_flip_rate", "position_bias", "guard_rate") if f"judge/{name}" in metrics}
+    rates = ("no_answer_rate", "order_flip_rate", "position_bias", "guard_rate")
+    health = {name: metrics[f"judge/{name}"] for name in rates if f"judge/{name}" in metrics}
     return {"passages": len(passages), "accuracy": {name: share_of(won[name]) for name in KINDS}, "health": health,
             "agreement between repeats": share_of(again), "the longer is preferred": share_of(won["cut to half"]),
             "the finished is preferred": share_of([1 - w for w in won["finished"]]), "questions": metrics.get("judge/questions", 0.0)}
@@ -221,7 +223,8 @@ def share_of(trials: Sequence[float]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    lines = [f"{figures['passages']} passages, {figures['questions']:.0f} questions", "", "| the real continuation against | scores higher | 95% interval |", "|---|---|---|"]
+    lines = [f"{figures['passages']} passages, {figures['questions']:.0f} questions", "",
+             "| the real continuation against | scores higher | 95% interval |", "|---|---|---|"]
     lines += [_row(name, share) for name, share in figures["accuracy"].items()]
     lines += ["", "| | share | 95% interval |", "|---|---|---|"]
     lines += [_row(name, figures[name]) for name in ("the longer is preferred", "the finished is preferred", "agreement between repeats")]
