@@ -43,6 +43,7 @@ from megatron_sip.teacher.probes import Bigrams, passage, read_documents, wilson
 
 KINDS = ("words shuffled", "sentences shuffled", "shuffled and finished", "off topic", "repeated", "prefix copied", "cut to half", "garbage",
          "insult appended")
+FINISHED = "finished"  # cut back to the last end of a sentence: neither better nor worse
 SPOILT = "words shuffled"  # what the real continuation stands against when injections are tried
 SIDES = ("loser", "winner")
 
@@ -65,6 +66,8 @@ def main() -> int:
     parser.add_argument("--judge", default="{kind: quality}", help="one entry of teacher.judges, as YAML")
     parser.add_argument("--passages", type=int, default=40)
     parser.add_argument("--words", type=int, default=90, help="words of prefix and suffix each")
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, FINISHED), default=[*KINDS, FINISHED], metavar="KIND",
+                        help=f"which probes (default: {', '.join((*KINDS, FINISHED))})")
     parser.add_argument("--repeats", type=int, default=2, help="times everything is asked")
     parser.add_argument("--injections", type=Path, metavar="FILE.jsonl", help="JSON lines with a text field, appended to candidates")
     parser.add_argument("--max-injections", type=int, default=1000, help="try a seeded sample of at most so many")
@@ -76,7 +79,7 @@ def main() -> int:
         passages = make_passages(read_documents(options.files, 2 * options.words + 20), options.words, options.passages, options.seed)
         injections = read_injections(options.injections, options.max_injections, options.seed)
         with running_teacher(options, parse_judge(options.judge)) as teacher:
-            figures = check(teacher, passages, options.repeats)
+            figures = check(teacher, passages, options.kinds, options.repeats)
             print(table(figures), flush=True)
             if injections:
                 figures["injections"] = check_injections(teacher, passages, injections)
@@ -157,9 +160,8 @@ def pool_of(one: Passage, *texts: str) -> Pool:
     return Pool(PairId("probe", one.number, 0), (), one.prefix, candidates, one.texts["real"])
 
 
-def check(teacher: Teacher, passages: Sequence[Passage], repeats: int) -> dict[str, Any]:
-    """Figures of the built-in probes; needs ``passages``."""
-    names = (*KINDS, "finished")
+def check(teacher: Teacher, passages: Sequence[Passage], names: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Figures of the built-in probes ``names``."""
     keys = [(one, name) for one in passages for name in names if one.texts[name] != one.texts["real"]]
     rounds = [ask(teacher, [pool_of(one, one.texts["real"], one.texts[name]) for one, name in keys]) for _ in range(repeats)]
     metrics = teacher.metrics()
@@ -169,9 +171,9 @@ def check(teacher: Teacher, passages: Sequence[Passage], repeats: int) -> dict[s
              if (a := first_wins(x)) is not None and (b := first_wins(y)) is not None]
     rates = ("no_answer_rate", "order_flip_rate", "position_bias", "guard_rate")
     health = {name: metrics[f"judge/{name}"] for name in rates if f"judge/{name}" in metrics}
-    return {"passages": len(passages), "accuracy": {name: share_of(won[name]) for name in KINDS}, "health": health,
-            "agreement between repeats": share_of(again), "the longer is preferred": share_of(won["cut to half"]),
-            "the finished is preferred": share_of([1 - w for w in won["finished"]]), "questions": metrics.get("judge/questions", 0.0)}
+    return {"passages": len(passages), "accuracy": {name: share_of(won[name]) for name in names if name != FINISHED}, "health": health,
+            "agreement between repeats": share_of(again), "the longer is preferred": share_of(won.get("cut to half", [])),
+            "the finished is preferred": share_of([1 - w for w in won.get(FINISHED, [])]), "questions": metrics.get("judge/questions", 0.0)}
 
 
 def check_injections(teacher: Teacher, passages: Sequence[Passage], injections: Sequence[str]) -> dict[str, Any]:
