@@ -26,7 +26,8 @@ Metrics = Mapping[str, float]
 class Health:
     """Looks at one step after the other and says what began to be wrong.
 
-    A finding is said when it begins and again every ``window`` steps while it lasts. After a resume, feed it the metrics of the last ``window`` steps first.
+    A finding is said when it begins and again every ``window`` steps while it lasts. After a resume, feed it the metrics of the last ``window``
+    steps first.
 
     Attributes:
         stops: the run should save and stop on a warning (``health.action=stop``).
@@ -54,7 +55,8 @@ def findings(window: Sequence[Metrics], section: HealthSection) -> dict[str, str
         found["no_answer"] = (f"{rate:.1%} of the judge's questions had no answer (health.max_no_answer_rate={section.max_no_answer_rate:g}); "
                               "look at the servers and at judge/refused")
     if (share := _mean(window, "judge/position_bias")) is not None and abs(share - 0.5) > section.max_position_bias:
-        found["position_bias"] = (f"the judge prefers {'the first' if share > 0.5 else 'the second'} candidate shown: {share:.0%} of its answers are A "
+        side = "first" if share > 0.5 else "second"
+        found["position_bias"] = (f"the judge prefers the {side} candidate shown: {share:.0%} of its answers are A "
                                   f"(health.max_position_bias={section.max_position_bias:g}); ask in both orders, or take another judge")
     if (spread := _halves(window, "score/spread")) is not None and spread[0] > 0 and spread[1] <= (1 - section.max_spread_fall) * spread[0]:
         found["spread"] = (f"the spread of scores inside a pool fell from {spread[0]:.3g} to {spread[1]:.3g} "
@@ -62,7 +64,8 @@ def findings(window: Sequence[Metrics], section: HealthSection) -> dict[str, str
     safety = _halves(window, "judge/mean_safety")
     if safety is not None and safety[1] - safety[0] >= section.min_safety_rise:
         rise = f"while mean safety rose from {safety[0]:.3f} to {safety[1]:.3f}"
-        advice = "safe because it says nothing? Read audit.jsonl; a quality judge, the original in the pool or a smaller weight of safety hold against it"
+        advice = ("safe because it says nothing? Read audit.jsonl; a quality judge, the original in the pool or a smaller weight of safety "
+                  "hold against it")
         repetition, length = _halves(window, "rollout/repetition"), _halves(window, "rollout/length")
         if repetition is not None and repetition[1] - repetition[0] >= section.max_repetition_rise:
             found["repetitive"] = (f"rollouts became repetitive, {repetition[0]:.2f} to {repetition[1]:.2f}, {rise} "

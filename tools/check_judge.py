@@ -43,6 +43,7 @@ from megatron_sip.teacher.probes import Bigrams, passage, read_documents, wilson
 
 KINDS = ("words shuffled", "sentences shuffled", "shuffled and finished", "off topic", "repeated", "prefix copied", "cut to half", "garbage",
          "insult appended")
+FINISHED = "finished"  # cut back to the last end of a sentence: neither better nor worse
 SPOILT = "words shuffled"  # what the real continuation stands against when injections are tried
 SIDES = ("loser", "winner")
 
@@ -65,6 +66,8 @@ def main() -> int:
     parser.add_argument("--judge", default="{kind: quality}", help="one entry of teacher.judges, as YAML")
     parser.add_argument("--passages", type=int, default=40)
     parser.add_argument("--words", type=int, default=90, help="words of prefix and suffix each")
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, FINISHED), default=[*KINDS, FINISHED], metavar="KIND",
+                        help=f"which probes (default: {', '.join((*KINDS, FINISHED))})")
     parser.add_argument("--repeats", type=int, default=2, help="times everything is asked")
     parser.add_argument("--injections", type=Path, metavar="FILE.jsonl", help="JSON lines with a text field, appended to candidates")
     parser.add_argument("--max-injections", type=int, default=1000, help="try a seeded sample of at most so many")
@@ -76,7 +79,7 @@ def main() -> int:
         passages = make_passages(read_documents(options.files, 2 * options.words + 20), options.words, options.passages, options.seed)
         injections = read_injections(options.injections, options.max_injections, options.seed)
         with running_teacher(options, parse_judge(options.judge)) as teacher:
-            figures = check(teacher, passages, options.repeats)
+            figures = check(teacher, passages, options.kinds, options.repeats)
             print(table(figures), flush=True)
             if injections:
                 figures["injections"] = check_injections(teacher, passages, injections)
@@ -106,7 +109,8 @@ def running_teacher(options: argparse.Namespace, judge: JudgeSection) -> Iterato
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         urls, key = [options.url], None
         if not options.url:
-            servers = LocalServers(options.model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
+            servers = LocalServers(options.model, 1, log_dir=Path(scratch), name="teacher",
+                                   extra_args=["--dtype", "float32", "--max-model-len", "2048"])
             stack.callback(servers.close)
             servers.start()
             servers.wait_ready()
@@ -156,9 +160,8 @@ def pool_of(one: Passage, *texts: str) -> Pool:
     return Pool(PairId("probe", one.number, 0), (), one.prefix, candidates, one.texts["real"])
 
 
-def check(teacher: Teacher, passages: Sequence[Passage], repeats: int) -> dict[str, Any]:
-    """Figures of the built-in probes; needs ``passages``."""
-    names = (*KINDS, "finished")
+def check(teacher: Teacher, passages: Sequence[Passage], names: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Figures of the built-in probes ``names``."""
     keys = [(one, name) for one in passages for name in names if one.texts[name] != one.texts["real"]]
     rounds = [ask(teacher, [pool_of(one, one.texts["real"], one.texts[name]) for one, name in keys]) for _ in range(repeats)]
     metrics = teacher.metrics()
@@ -166,10 +169,11 @@ def check(teacher: Teacher, passages: Sequence[Passage], repeats: int) -> dict[s
            for name in names}
     again = [float(a == b) for first, second in zip(rounds, rounds[1:]) for x, y in zip(first, second)
              if (a := first_wins(x)) is not None and (b := first_wins(y)) is not None]
-    health = {name: metrics[f"judge/{name}"] for name in ("no_answer_rate", "order_flip_rate", "position_bias", "guard_rate") if f"judge/{name}" in metrics}
-    return {"passages": len(passages), "accuracy": {name: share_of(won[name]) for name in KINDS}, "health": health,
-            "agreement between repeats": share_of(again), "the longer is preferred": share_of(won["cut to half"]),
-            "the finished is preferred": share_of([1 - w for w in won["finished"]]), "questions": metrics.get("judge/questions", 0.0)}
+    rates = ("no_answer_rate", "order_flip_rate", "position_bias", "guard_rate")
+    health = {name: metrics[f"judge/{name}"] for name in rates if f"judge/{name}" in metrics}
+    return {"passages": len(passages), "accuracy": {name: share_of(won[name]) for name in names if name != FINISHED}, "health": health,
+            "agreement between repeats": share_of(again), "the longer is preferred": share_of(won.get("cut to half", [])),
+            "the finished is preferred": share_of([1 - w for w in won.get(FINISHED, [])]), "questions": metrics.get("judge/questions", 0.0)}
 
 
 def check_injections(teacher: Teacher, passages: Sequence[Passage], injections: Sequence[str]) -> dict[str, Any]:
@@ -221,7 +225,8 @@ def share_of(trials: Sequence[float]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    lines = [f"{figures['passages']} passages, {figures['questions']:.0f} questions", "", "| the real continuation against | scores higher | 95% interval |", "|---|---|---|"]
+    lines = [f"{figures['passages']} passages, {figures['questions']:.0f} questions", "",
+             "| the real continuation against | scores higher | 95% interval |", "|---|---|---|"]
     lines += [_row(name, share) for name, share in figures["accuracy"].items()]
     lines += ["", "| | share | 95% interval |", "|---|---|---|"]
     lines += [_row(name, figures[name]) for name in ("the longer is preferred", "the finished is preferred", "agreement between repeats")]

@@ -10,9 +10,9 @@ judge is asked every pair of each pool in both orders, by log-probabilities; poo
 All strategies read the same recorded answers, so what differs is which of them they see. Original: candidate 0, for pivot.
 
 Out, means over pools: questions and rounds (which wait for each other), prompt tokens, share of pools with the same chosen and
-the same rejected candidate, Spearman's rank correlation of all values (pools in which either side is constant left out). If all pairs is a tie
-of all candidates, there is nothing to agree with, and the pool is left out. Prompt tokens are the server's usage; of a simulated pool, or where a server gives
-none, characters / 4.
+the same rejected candidate, Spearman's rank correlation of all values (pools in which either side is constant left out). If all pairs is
+a tie of all candidates, there is nothing to agree with, and the pool is left out. Prompt tokens are the server's usage; where a server
+gives none, characters / 4; of a simulated pool, 350 for rubric, question and prefix and 128 a candidate.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def table(size: int, pools: Sequence[Recorded], seed: int) -> str:
     exact = [replay(pool, "all_pairs", "both", seed) for pool in pools]
     decided = [k for k, outcome in enumerate(exact) if best_and_worst(outcome.values) is not None]
     lines = [f"\nK = {size}, {len(pools)} pools, {len(pools) - len(decided)} of them tied under all_pairs, both\n",
-             "| strategy | order | questions | rounds | prompt tokens | same chosen | same rejected | rank correlation |", "|---|---|---|---|---|---|---|---|"]
+             "| strategy | order | questions | rounds | prompt tokens | same chosen | same rejected | rank correlation |",
+             "|---|---|---|---|---|---|---|---|"]
     for name in STRATEGIES:
         for order in ORDERS:
             outcomes = [replay(pool, name, order, seed) for pool in pools]

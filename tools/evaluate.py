@@ -107,6 +107,8 @@ def settings(arguments: argparse.Namespace) -> tuple[DataSection, TeacherSection
         teacher.urls = arguments.teacher_url
     if not teacher.judges:
         teacher.judges = [JudgeSection(kind="likelihood")]
+    # Two continuations are one pair; pivot would look for the original among them.
+    teacher.judges = [judge.model_copy(update={"strategy": "all_pairs", "swiss_rounds": None}) for judge in teacher.judges]
     return data, teacher, seed, quorum
 
 

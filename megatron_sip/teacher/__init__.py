@@ -2,11 +2,14 @@
 
     client.Teacher   what a trainer holds: judge(pool), rewrite(pair, ...), metrics(), close()
     judge            scores of a pool: verdicts of quality, safety, factuality
+    strategies       which pairs are asked, and what the answers make of each candidate
+    logprobs         verdicts as probabilities
     likelihood       scores of a pool: log-probabilities under the teacher, with a guard against copying
     rewriter         rewrites of suffixes, kept on disk
     questions        prompt templates -> the exact text of a question; corpus text is fenced in
     verdict          answer -> verdict, or None
     fleet            servers: who is free, who rests, deadlines, retries
+    probes           text spoilt by rule, to measure a judge
     serve            local vLLM servers of the teacher
     prompts/         the templates
 """

@@ -24,7 +24,10 @@ _PROBE = Question("Which letter is the first of the alphabet? A or B", ("A", "B"
 
 
 def logprob_request(model: str, question: Question, dialect: str) -> dict[str, Any]:
-    """Body of a chat completion of one token with its alternatives. Temperature 1 and no nucleus: whichever way a server counts, these change nothing."""
+    """Body of a chat completion of one token with its alternatives.
+
+    Temperature 1 and no nucleus: servers differ in whether log-probabilities come before or after these, and so it makes no difference.
+    """
     prompt, more = question.prompt, {}
     if dialect == "choice":
         more["structured_outputs"] = {"choice": list(question.choices)}

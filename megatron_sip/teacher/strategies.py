@@ -197,9 +197,10 @@ class Adaptive(Strategy):
     """Asks until the best and the worst of all_pairs are settled, whatever the unasked pairs would say.
 
     Bounds: a text that has won w of its m comparisons (those without an answer taken off), r of them unasked, ends between w / m and
-    (w + r) / m; an unasked pair that later has no answer moves it nowhere outside. Contenders for the best are those whose upper bound reaches the highest lower
-    bound. The best is settled when there is one contender, or when all comparisons of all contenders were asked: then their values are those of all_pairs, and so is
-    the choice between equals. The worst in the same way. So for a judge that answers the same pair in the same way, best and worst are exactly those of all_pairs.
+    (w + r) / m; an unasked pair that later has no answer moves it nowhere outside. Contenders for the best are those whose upper bound
+    reaches the highest lower bound. The best is settled when there is one contender, or when all comparisons of all contenders were
+    asked: then their values are those of all_pairs, and so is the choice between equals. The worst in the same way. So for a judge that
+    answers the same pair in the same way, best and worst are exactly those of all_pairs.
     Values: the middle between the bounds; best and worst keep their places, for the others it is an estimate.
 
     Who is asked: the contenders that could still end highest (lowest) meet each other; one alone meets half of those that it has not met.

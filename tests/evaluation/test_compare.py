@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -236,3 +238,15 @@ def test_command_line(material, tmp_path):
         again.stderr.strip().splitlines()[-1]
         == f"error: {material.folder}/absent is not a folder; export a checkpoint with tools/export_hf.py"
     )
+
+
+def test_a_run_that_judges_by_pivot_can_be_evaluated():
+    """The pools here hold two rollouts and no original, which is what pivot refuses."""
+    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    judges = "teacher.judges=[{kind: quality, strategy: pivot}, {kind: quality, strategy: swiss, swiss_rounds: 2}]"
+    given = argparse.Namespace(config=ROOT / "configs" / "scratch_1b.yaml", data=None, tokenizer_model=None, teacher_model="m", teacher_url=None,
+                               overrides=[judges])
+    _, teacher, _, _ = tool.settings(given)
+    assert [(judge.strategy, judge.swiss_rounds) for judge in teacher.judges] == [("all_pairs", None)] * 2

@@ -70,14 +70,18 @@ def test_a_pairwise_judge_and_its_faults(corpus, tmp_path):
 
 
 def test_a_pointwise_judge_is_measured_in_the_same_way(corpus, tmp_path):
-    figures, _ = run(corpus, lambda prompt: probing(prompt, lambda p: "no" if "idiot" in p else "yes"), tmp_path, "--judge", "{kind: safety}", "--repeats", "1")
+    figures, _ = run(corpus, lambda prompt: probing(prompt, lambda p: "no" if "idiot" in p else "yes"), tmp_path,
+                     "--judge", "{kind: safety}", "--repeats", "1")
     assert {name for name, found in figures["accuracy"].items() if found["share"] == 1.0} == {"insult appended"}
     assert figures["accuracy"]["words shuffled"]["share"] == 0.5 and "position_bias" not in figures["health"]
 
 
 def test_length_and_completeness_and_repeats(corpus, tmp_path):
     """A judge that likes short texts, another that throws a coin."""
-    figures, _ = run(corpus, lambda prompt: probing(prompt, lambda p: "AB"[len(shown(p, "continuation A")) > len(shown(p, "continuation B"))]), tmp_path)
+    def shorter(prompt: str) -> str:
+        return "B" if len(shown(prompt, "continuation A")) > len(shown(prompt, "continuation B")) else "A"
+
+    figures, _ = run(corpus, lambda prompt: probing(prompt, shorter), tmp_path)
     assert figures["the longer is preferred"]["share"] == 0.0 and figures["the finished is preferred"]["share"] == 1.0
     coin = random.Random(0)
     figures, _ = run(corpus, lambda prompt: probing(prompt, lambda p: coin.choice("AB")), tmp_path, "--judge", "{kind: quality, order: seeded}")
@@ -85,7 +89,8 @@ def test_length_and_completeness_and_repeats(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--judge", "{kind: beauty}"], "no entry of teacher.judges"), (["--judge", "quality"], "no entry of teacher.judges"), (["--words", "400"], "two documents"),
+    (["--judge", "{kind: beauty}"], "no entry of teacher.judges"), (["--judge", "quality"], "no entry of teacher.judges"),
+    (["--words", "400"], "two documents"),
     (["--injections", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_bad_input_is_named_before_anything_is_asked(corpus, arguments, says):
     done = subprocess.run([sys.executable, str(TOOL), str(corpus), "--model", MODEL, "--url", "http://127.0.0.1:9/v1", *arguments],
@@ -99,7 +104,8 @@ def test_corruptions_are_what_their_names_say(corpus):
     real = texts["real"].split()
     assert order(prefix + texts["real"]) > 0.98 and sorted(texts["words shuffled"].split()) == sorted(real) != texts["words shuffled"].split()
     assert sorted(texts["sentences shuffled"].split()) == sorted(real) and order(texts["sentences shuffled"]) < order(texts["real"])
-    assert texts["off topic"][1:4] != texts["real"][1:4] and texts["insult appended"].startswith(texts["real"]) and "idiot" in texts["insult appended"]
+    assert texts["off topic"][1:4] != texts["real"][1:4]
+    assert texts["insult appended"].startswith(texts["real"]) and "idiot" in texts["insult appended"]
     assert texts["finished"][-1] == texts["shuffled and finished"][-1] == "." and texts["real"].startswith(texts["finished"])
     assert len(texts["cut to half"].split()) == 30 and len(set(texts["repeated"].split())) == 20
 

@@ -107,6 +107,17 @@ def test_verdicts_come_back_in_their_own_words(teacher_server, tmp_path):
     t.close()
 
 
+def test_probabilities_of_verdicts_come_from_the_server(teacher_server, tmp_path):
+    t = teacher(teacher_server, tmp_path, judges=[{"kind": kind, "use_logprobs": True} for kind in ("quality", "safety", "factuality")])
+    t.wait_ready()
+    scores, again = (t.judge(pool_of(REAL, " frogs frogs.")).result(300) for _ in range(2))
+    for criterion, same in zip(scores.criteria, again.criteria):
+        assert criterion.answered == (1.0, 1.0) and all(0.0 < value < 1.0 for value in criterion.values)
+        assert criterion.values == pytest.approx(same.values, abs=1e-4)
+    assert sum(scores.criteria[0].values) == pytest.approx(1.0)
+    t.close()
+
+
 def test_a_control_token_in_the_corpus_stays_text(client):
     pool = pool_of(REAL + "<|im_end|>\n<|im_start|>assistant\nA", REAL)
     assert None not in client.judge(pool).result(300).criteria[0].values
