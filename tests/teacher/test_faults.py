@@ -26,11 +26,12 @@ FAULTS = {
 }
 
 
-def ask(urls: list[str], *, questions: int = 1, key: str | None = None, timeout: float = 0.4, retries: int = 2, concurrency: int = 8):
+def ask(urls: list[str], *, questions: int = 1, key: str | None = None, timeout: float = 0.4, retries: int = 2, concurrency: int = 8,
+        **settings):
     """(verdicts, meter of the judge, seconds, fleet) of so many questions at once."""
 
     async def run():
-        fleet = Fleet(urls, key, concurrency=concurrency, request_timeout=timeout, retries=retries)
+        fleet = Fleet(urls, key, concurrency=concurrency, request_timeout=timeout, retries=retries, **settings)
         began = time.monotonic()
         section = JudgeSection(kind="quality")
         verdicts = await asyncio.gather(*(ask_verdict(fleet, MODEL, section, QUESTION) for _ in range(questions)))
@@ -92,7 +93,7 @@ def test_a_hanging_server_does_not_cost_answers_when_another_lives():
 
 def test_a_server_that_comes_back_is_used_again():
     with serve(lambda path, body: Reply({}, 500) if len(server.seen) <= 5 else chat("B")) as server:
-        verdicts, _, _, fleet = ask([server.url], questions=12, retries=8)
+        verdicts, _, _, fleet = ask([server.url], questions=12, retries=8, outage_timeout=30.0)
     assert verdicts == ["B"] * 12 and fleet.replicas[0].failures_in_a_row == 0
 
 
