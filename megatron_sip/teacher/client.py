@@ -170,8 +170,10 @@ class _Group:
         for url in urls:
             _check_url(url, f"{name}.urls")
         readiness = Readiness(model, judges, name)
+        # Longer than the run's own patience: it must stop, and keep its pairs, before questions end without an answer.
+        patience = config.outage_timeout + max(5.0, 0.1 * config.outage_timeout)
         self.fleet = Fleet(urls, key, concurrency=max(1, config.concurrency // clients), request_timeout=config.request_timeout, retries=config.retries,
-                           outage_timeout=config.outage_timeout, hedge_after=config.hedge_after, kind=self.kind,
+                           outage_timeout=patience, hedge_after=config.hedge_after, kind=self.kind,
                            check=lambda replica: readiness.check(self.fleet, replica))
         self.load = ServerLoad(self.fleet)
         self._tasks: list[asyncio.Task] = []

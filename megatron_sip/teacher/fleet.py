@@ -141,7 +141,9 @@ class Fleet:
         tasks, problem = {first}, None
         try:
             await asyncio.wait(tasks, timeout=delay)
-            other = None if first.done() or self._queue else self._freest(besides=replica)
+            if first.done():
+                return first.result()
+            other = None if self._queue else self._freest(besides=replica)
             if other is not None and self._hedging.spend():
                 self.note(kind, "hedges")
                 other.outstanding += 1
@@ -157,9 +159,10 @@ class Fleet:
                 problem = problem or next(iter(done)).exception()
             raise problem
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if losers := [task for task in tasks if not task.done()]:
+                for task in losers:
+                    task.cancel()
+                await asyncio.gather(*losers, return_exceptions=True)
 
     def _start(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> asyncio.Task:
         task = asyncio.create_task(self._once(kind, replica, path, body, read))
@@ -211,7 +214,7 @@ class Fleet:
         request_id = f"{self._id_prefix}-{self._sent}"
         answer = await self._transport.send(method, replica.url + path, body, request_id)
         if body is not None and answer.status == 200 and isinstance(answer.data, dict):
-            replica.echoes = request_id in str(answer.data.get("id"))
+            _check_echo(replica, answer.data, request_id)
         return answer.status, answer.data
 
     async def text(self, url: str) -> str | None:
@@ -430,7 +433,12 @@ def _verify(replica: Replica, request: dict[str, Any], answer: Answer, request_i
     model, expected = answer.data.get("model"), replica.answers_as or request.get("model")
     if isinstance(model, str) and expected and model != expected:
         raise Fault("wrong_model", f"an answer of model {model:.100}, not {expected}")
-    told = answer.data.get("id")
+    _check_echo(replica, answer.data, request_id)
+
+
+def _check_echo(replica: Replica, data: dict[str, Any], request_id: str) -> None:
+    """A server that has repeated a request's id in its answer (vLLM does) is held to it from then on."""
+    told = data.get("id")
     if isinstance(told, str) and request_id in told:
         replica.echoes = True
     elif replica.echoes and isinstance(told, str):

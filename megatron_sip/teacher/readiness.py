@@ -32,7 +32,9 @@ class Readiness:
         Raises:
             Fault, ValueError: a problem that may pass.
         """
-        return await self._check_models(fleet, replica) or await self._check_answers(fleet, replica)
+        problem = await self._check_models(fleet, replica) or await self._check_answers(fleet, replica)
+        replica.checked = replica.checked or problem is None
+        return problem
 
     async def _check_models(self, fleet: Fleet, replica: Replica) -> str | None:
         status, data = await fleet.send(replica, "GET", "/models")
@@ -57,7 +59,7 @@ class Readiness:
         kinds = {section.kind for section in self._judges}
         if "likelihood" in kinds:
             status, data = await fleet.send(replica, "POST", "/completions", request(self._model, "The sun", " is hot."))
-            if problem := _trouble(replica, status, data) or _other_model(replica, data):
+            if problem := _trouble(replica, status, data) or _other_model(replica, data, self._model):
                 return problem
             try:
                 read_likelihood(data)
@@ -74,7 +76,7 @@ class Readiness:
             status, data = await fleet.send(replica, "POST", "/chat/completions", verdict_request(self._model, _PROBE_SECTION, _PROBE, dialect))
             if status in (400, 422) and dialect != "plain":
                 continue  # does not know the field
-            if problem := _trouble(replica, status, data) or _other_model(replica, data):
+            if problem := _trouble(replica, status, data) or _other_model(replica, data, self._model):
                 return problem
             try:
                 read_verdict(data, dialect, _PROBE.choices, reasoning=False)
@@ -93,12 +95,14 @@ def _trouble(replica: Replica, status: int, data: Any) -> str | None:
     raise ValueError(f"HTTP {status}: {data!s:.200}")
 
 
-def _other_model(replica: Replica, data: Any) -> str | None:
-    """Remember the name by which a server answers (an alias may be served by its full name); later, another one is another model."""
+def _other_model(replica: Replica, data: Any, asked: str) -> str | None:
+    """The name by which a server answers in its first check is remembered (an alias may be served by its full name); later, another one is another model."""
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, str):
         return None
-    replica.answers_as = replica.answers_as or model
-    if model != replica.answers_as:
-        return f"teacher server {replica.url} answers as model {model:.100} now, and as {replica.answers_as} before; restart it with the run's model"
+    if not replica.checked:
+        replica.answers_as = model
+    expected = replica.answers_as or asked
+    if model != expected:
+        return f"teacher server {replica.url} answers as model {model:.100}, and answered as {expected} before; restart it with the run's model"
     return None

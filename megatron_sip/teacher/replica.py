@@ -23,7 +23,8 @@ class Replica:
         dialect: how it is asked for a constrained verdict (see :mod:`megatron_sip.teacher.judge`).
         limit: requests that it may have under way, below the fleet's cap.
         resting: gets no questions until it has generated in a check.
-        answers_as: the ``model`` of its answers when it was first checked; None: the name that is asked for.
+        checked: it has passed a check.
+        answers_as: the ``model`` of its answers in its first check; None: the name that is asked for.
         problem, lasting: what its last check found, and whether it will not pass by itself.
         echoes: its answers carry the request's id, as vLLM's do, so an answer to another request is found out.
     """
@@ -36,6 +37,7 @@ class Replica:
     limit: int = SLOW_START
     resting: bool = False
     busy_until: float = 0.0
+    checked: bool = False
     answers_as: str | None = None
     echoes: bool = False
     problem: str | None = None

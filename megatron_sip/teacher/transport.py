@@ -10,6 +10,7 @@ aiohttp, because a question through httpx costs twenty times its CPU time (tools
 from __future__ import annotations
 
 import json
+import ssl
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,10 @@ class Transport:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "megatron_sip"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        # A context of our own: aiohttp's is made at its import, before $SSL_CERT_FILE may be set.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=ssl.create_default_context())
         return aiohttp.ClientSession(
-            headers=headers, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE), timeout=aiohttp.ClientTimeout(total=None),
+            headers=headers, connector=connector, timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False)
 
     def _without_key(self, text: str) -> str:

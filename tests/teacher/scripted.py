@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +18,15 @@ MODEL = "scripted"
 
 @dataclass
 class Reply:
-    """``cut``: bytes of the body that are sent before the connection is closed (None: all). ``trickle``: seconds between its bytes."""
+    """``cut``: bytes of the body that are sent before the connection is closed (None: all). ``trickle``: seconds between its bytes.
+    ``chunked``: no length is told."""
 
     body: Any = None
     status: int = 200
     delay: float = 0.0
     cut: int | None = None
     trickle: float = 0.0
+    chunked: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,7 +57,7 @@ class Scripted:
 
 
 @contextmanager
-def serve(answer: Callable[[str, dict[str, Any]], Reply], port: int = 0, **settings: Any) -> Iterator[Scripted]:
+def serve(answer: Callable[[str, dict[str, Any]], Reply], port: int = 0, context: ssl.SSLContext | None = None, **settings: Any) -> Iterator[Scripted]:
     """A server for the length of a ``with``; its connections end with it."""
     script, lock, connections = Scripted(answer, **settings), threading.Lock(), []
 
@@ -92,7 +95,10 @@ def serve(answer: Callable[[str, dict[str, Any]], Reply], port: int = 0, **setti
             data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             try:
                 self.send_response(reply.status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
+                length = {"Transfer-Encoding": "chunked"} if reply.chunked else {"Content-Length": str(len(data))}
+                if reply.chunked:
+                    data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+                for name, value in {"Content-Type": "application/json", **length, **reply.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if reply.trickle:
@@ -109,7 +115,9 @@ def serve(answer: Callable[[str, dict[str, Any]], Reply], port: int = 0, **setti
         request_queue_size, daemon_threads = 128, True
 
     server = Server(("127.0.0.1", port), Handler)
-    script.url = f"http://127.0.0.1:{server.server_port}/v1"
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    script.url = f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
 
