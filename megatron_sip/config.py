@@ -167,12 +167,17 @@ class RewriterSection(Section):
     temperature: float = Field(0.6, ge=0, description="Sampling temperature of rewrites.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus threshold of rewrites.")
     max_tokens: int = Field(256, ge=1, description="Longest rewrite in tokens of the teacher.")
+    model: str | None = Field(None, description="Model of the rewriter's own servers (default: teacher.model).")
+    urls: list[str] = Field(default_factory=list, description="The rewriter's own running servers; empty, and without a replicas_file: the teacher's.")
+    replicas_file: Path | None = Field(None, description="Lists the rewriter's own servers, as teacher.replicas_file does.")
+    api_key_file: Path | None = Field(None, description="File with the key of the rewriter's own servers (default: teacher.api_key_file, else $SIP_TEACHER_API_KEY).")
     cache_dir: Path | None = Field(None, description="Rewrites are kept here by content, prompt and model (default: RUN/rewrite_cache).")
 
 
 class TeacherSection(Section):
     model: str | None = Field(None, description="Folder (or name) of the post-trained model. Local servers load it; running servers must serve it.")
-    urls: list[str] = Field(default_factory=list, description="Running OpenAI-compatible servers, e.g. http://node7:8000/v1; empty: the trainer starts `num_servers` local vLLM servers.")
+    urls: list[str] = Field(default_factory=list, description="Running OpenAI-compatible servers, e.g. http://node7:8000/v1; empty, and without a replicas_file: the trainer starts `num_servers` local vLLM servers.")
+    replicas_file: Path | None = Field(None, description="A file that lists running servers, one address a line, # comments; read again when it changes, so servers may join and leave while the run goes on. Instead of `urls`.")
     num_servers: int = Field(1, ge=1, description="Local servers to start.")
     port: int = Field(0, ge=0, le=65535, description="Port of the first local server; 0 takes free ones.")
     api_key_file: Path | None = Field(None, description="File with the servers' key (else $SIP_TEACHER_API_KEY; local servers get a random one).")
@@ -180,11 +185,12 @@ class TeacherSection(Section):
     max_model_len: int = Field(4096, ge=16, description="Longest prompt plus answer of local servers.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one local server.")
     extra_args: list[str] = Field(default_factory=list, description="More flags for local vLLM servers, as on its command line.")
-    concurrency: int = Field(64, ge=1, description="Questions under way at once, per server.")
+    concurrency: int = Field(64, ge=1, description="Questions under way at once, per server; the data parallel ranks share it evenly (each has at least 1).")
     request_timeout: float = Field(60.0, gt=0, description="Seconds for one attempt at a question.")
     retries: int = Field(3, ge=0, description="Further attempts before a question counts as no answer.")
+    hedge_after: float = Field(0.95, ge=0, lt=1, description="Quantile of recent latencies after which a second server with room is asked the same; the first good answer counts. At most 5% of the questions; 0: never.")
     ready_timeout: float = Field(600.0, gt=0, description="Seconds until a server must answer a real question.")
-    outage_timeout: float = Field(600.0, gt=0, description="Seconds without a single answer from the whole fleet after which the run saves and stops.")
+    outage_timeout: float = Field(600.0, gt=0, description="Seconds without a single answer from the whole fleet after which the run saves and stops; until then questions wait.")
     judges: list[JudgeSection] = Field(default_factory=list, description="Scores that are added to rank a pool.")
     rewriter: RewriterSection = Field(default_factory=RewriterSection, description="How rewrites are asked for.")
 
@@ -298,6 +304,11 @@ class RunConfig(Section):
         if self.asks_judge and not pool.original and any(judge.strategy == "pivot" for judge in teacher.judges):
             problems.append("teacher.judges: strategy=pivot compares each candidate with the original, but pool.original=false; set it to true or choose "
                             "another strategy")
+        for name, section in (("teacher", teacher), ("teacher.rewriter", teacher.rewriter)):
+            if section.urls and section.replicas_file:
+                problems.append(f"{name}.urls and {name}.replicas_file both say where the servers are; unset one")
+        if teacher.rewriter.model not in (None, teacher.model) and not (teacher.rewriter.urls or teacher.rewriter.replicas_file):
+            problems.append(f"teacher.rewriter.model={teacher.rewriter.model} needs servers that serve it: set teacher.rewriter.urls or replicas_file")
         if self.asks_teacher and not teacher.model:
             problems.append("teacher.model is not set but the run asks a teacher; give the folder of the post-trained model")
         if self.seq_length > self.model.max_position_embeddings:

@@ -6,6 +6,7 @@
     python tools/bench.py long-document --input TEXT.jsonl --tokenizer-model tokenizer.model
     python tools/bench.py pairs [--pairs 100000000]
     python tools/bench.py save --config CONFIG.yaml [section.key=value ...]
+    python tools/bench.py fleet [--replicas 4] [--concurrency 64]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
 """
@@ -57,6 +58,13 @@ def main() -> int:
     found.add_argument("--steps", type=int, default=12)
     found.add_argument("--interval", type=int, default=4, help="steps between checkpoints")
     found.add_argument("overrides", nargs="*", metavar="section.key=value")
+    found = commands.add_parser("fleet", parents=[common], help="questions a second of the teacher's client against a server that costs nothing, beside bare httpx")
+    found.add_argument("--questions", type=int, default=4000)
+    found.add_argument("--replicas", type=int, default=4)
+    found.add_argument("--concurrency", type=int, default=64, help="requests under way at once, per replica")
+    found.add_argument("--latency", type=float, default=0.1, help="seconds of an answer")
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--without-httpx", action="store_true", help="leave out the slow peer")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         numbers = COMMANDS[options.command](options, Path(scratch))
@@ -258,6 +266,101 @@ def save(options: argparse.Namespace, scratch: Path) -> dict:
     return {"seconds": stalls, "megabytes": megabytes, "ratio": ratio}
 
 
+def fleet(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """Questions of 400 words to stub servers in another process; httpx gets a tenth of them."""
+    import asyncio
+
+    rates: dict[str, list[tuple[float, float]]] = {"ours": [], "httpx": []}
+    stub = subprocess.Popen([sys.executable, "-c", _STUB, str(options.replicas), str(options.latency)], stdout=subprocess.PIPE, text=True)
+    try:
+        urls = [f"http://127.0.0.1:{port}/v1" for port in stub.stdout.readline().split()]
+        for _ in range(options.rounds):
+            rates["ours"].append(asyncio.run(_ask_fleet(urls, options)))
+            if not options.without_httpx:
+                rates["httpx"].append(asyncio.run(_ask_httpx(urls, options)))
+    finally:
+        stub.kill()
+        stub.wait()
+    for name, found in rates.items():
+        if found:
+            each, cpu = ([pair[i] for pair in found] for i in (0, 1))
+            print(f"{name:>6}: {statistics.median(each):6.0f} questions a second ({min(each):.0f} - {max(each):.0f}), "
+                  f"{statistics.median(cpu) * 1e3:.2f} ms of CPU time a question ({min(cpu) * 1e3:.2f} - {max(cpu) * 1e3:.2f})", flush=True)
+    return {"rates": rates}
+
+
+async def _ask_fleet(urls: list[str], options: argparse.Namespace) -> tuple[float, float]:
+    """Questions a second, CPU seconds a question."""
+    import asyncio
+
+    from megatron_sip.config import JudgeSection
+    from megatron_sip.teacher.fleet import Fleet
+    from megatron_sip.teacher.judge import ask_verdict
+    from megatron_sip.teacher.questions import Question
+
+    fleet = Fleet(urls, "key", concurrency=options.concurrency, request_timeout=60, retries=0, outage_timeout=60, hedge_after=0.95)
+    section, question = JudgeSection(kind="quality"), Question("word " * 400, ("A", "B"))
+
+    async def ask(count: int) -> None:
+        verdicts = await asyncio.gather(*(ask_verdict(fleet, "stub", section, question) for _ in range(count)))
+        assert verdicts == ["A"] * count
+
+    await ask(4 * options.concurrency * len(urls))  # connections are open, limits have grown
+    started, cpu = time.perf_counter(), time.process_time()
+    await ask(options.questions)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    await fleet.aclose()
+    return options.questions / seconds, cpu / options.questions
+
+
+async def _ask_httpx(urls: list[str], options: argparse.Namespace) -> tuple[float, float]:
+    import asyncio
+
+    import httpx
+
+    count, at_once = max(1, options.questions // 10), options.concurrency * len(urls)
+    body = {"model": "stub", "messages": [{"role": "user", "content": "word " * 400}], "max_tokens": 512}
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once), timeout=60, trust_env=False) as client:
+        async def ask(number: int) -> None:
+            (await client.post(urls[number % len(urls)] + "/chat/completions", json=body)).json()
+
+        await asyncio.gather(*(ask(number) for number in range(at_once)))
+        started, cpu = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(ask(number) for number in range(count)))
+        return count / (time.perf_counter() - started), (time.process_time() - cpu) / count
+
+
+_STUB = """
+import asyncio, sys
+
+BODY = (b'{"id":"x","object":"chat.completion","created":1,"model":"stub","choices":[{"index":0,"message":{"role":"assistant","content":"A"},'
+        b'"finish_reason":"stop"}],"usage":{"prompt_tokens":420,"total_tokens":422,"completion_tokens":2}}')
+ANSWER = b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(BODY) + BODY
+
+class Stub(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport, self.seen = transport, b""
+
+    def data_received(self, data):
+        self.seen += data
+        end = self.seen.find(b"\\r\\n\\r\\n") + 4
+        if end < 4:
+            return
+        head = self.seen[:end].lower()
+        size = end + int(head.split(b"content-length:")[1].split(b"\\r\\n")[0])
+        if len(self.seen) >= size:
+            self.seen = self.seen[size:]
+            asyncio.get_running_loop().call_later(float(sys.argv[2]), self.transport.write, ANSWER)
+
+async def main():
+    servers = [await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", 0, backlog=1024) for _ in range(int(sys.argv[1]))]
+    print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
 def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = None) -> float:
     """Wall seconds of a command; ``watch`` collects the memory of its processes, in bytes, while it runs."""
     import psutil
@@ -280,7 +383,7 @@ def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = 
     return time.perf_counter() - started
 
 
-COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs, "save": save}
+COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs, "save": save, "fleet": fleet}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@
     rewriter         rewrites of suffixes, kept on disk
     questions        prompt templates -> the exact text of a question; corpus text is fenced in
     verdict          answer -> verdict, or None
-    fleet            servers: who is free, who rests, deadlines, retries
+    fleet            servers of one model: who is free, who rests, deadlines, retries, hedges
+    readiness        does a server do what the run will ask of it?
+    replicas_file    servers that join and leave while the run goes on
+    server_load      what vLLM's /metrics say
+    transport        HTTP
     probes           text spoilt by rule, to measure a judge
     serve            local vLLM servers of the teacher
     prompts/         the templates

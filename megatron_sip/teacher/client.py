@@ -9,6 +9,7 @@ the program itself reaches the caller through the future.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -16,25 +17,24 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
-
-import httpx
+from urllib.parse import urlsplit
 
 from megatron_sip.config import JudgeSection, TeacherSection
 from megatron_sip.pool import PairId, Pool, Scores
-from megatron_sip.teacher import TeacherError
-from megatron_sip.teacher.fleet import Fleet, Meter, Replica, Unreadable
-from megatron_sip.teacher.judge import DIALECTS, RATES, VerdictJudge, read_verdict, verdict_request
-from megatron_sip.teacher.likelihood import LikelihoodJudge, read_likelihood, request
-from megatron_sip.teacher.logprobs import lacks_logprobs
-from megatron_sip.teacher.questions import Question
+from megatron_sip.teacher import TeacherError, replicas_file
+from megatron_sip.teacher.fleet import Fleet, Replica
+from megatron_sip.teacher.judge import RATES, VerdictJudge
+from megatron_sip.teacher.likelihood import LikelihoodJudge
+from megatron_sip.teacher.meter import Meter
+from megatron_sip.teacher.readiness import KEY_VARIABLE, Readiness
+from megatron_sip.teacher.replicas_file import ReplicasFile
 from megatron_sip.teacher.rewriter import Rewriter
+from megatron_sip.teacher.server_load import ServerLoad
 
 T = TypeVar("T")
 
-KEY_VARIABLE = "SIP_TEACHER_API_KEY"
-# Nobody answers with one of these by chance: a server that does was held to its choices.
-_PROBE = Question("Say hello.", ("verdict-7q", "verdict-3k"))
-_PROBE_SECTION = JudgeSection(kind="safety", max_tokens=32)
+_COUNTS = ("refusals", "hedges", "hedges_won", "prompt_tokens", "completion_tokens", "cached_prompt_tokens")
+_log = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -44,27 +44,28 @@ class Teacher:
         quorum: least share of answered questions that the run accepts (it is applied by :func:`megatron_sip.pool.choose`).
         seed: of the orders in which candidates are shown.
         run_dir: gets the cache of rewrites, if the configuration names no other place.
-        urls: addresses of the servers (default: ``config.urls``).
+        urls: addresses of the servers (default: ``config.urls``, else what ``config.replicas_file`` lists).
         api_key: their key (default: ``config.api_key_file``, else ``$SIP_TEACHER_API_KEY``, else none).
+        clients: how many such objects use the same servers (data parallel ranks); each takes its share of ``config.concurrency``, at least 1.
 
     Raises:
-        TeacherError: no server or model named; a template, key file or cache cannot be used.
+        TeacherError: no server or model named; a template, key file, list of servers or cache cannot be used.
     """
 
     def __init__(self, config: TeacherSection, *, quorum: float, seed: int, run_dir: Path, urls: list[str] | None = None,
-                 api_key: str | None = None) -> None:
-        self.urls = list(urls if urls is not None else config.urls)
-        if not self.urls:
-            raise TeacherError("no teacher server: set teacher.urls, or start local ones")
-        for url in self.urls:
-            _check_url(url)
+                 api_key: str | None = None, clients: int = 1) -> None:
+        self._config, self._quorum, self._clients = config, quorum, clients
         if not config.model:
             raise TeacherError("teacher.model is not set; name the model that the servers serve")
-        self._config, self._quorum, self._model = config, quorum, config.model
-        self._fleet = Fleet(self.urls, api_key or _configured_key(config), concurrency=config.concurrency,
-                            request_timeout=config.request_timeout, retries=config.retries, outage_timeout=config.outage_timeout)
+        configured = _configured_key(config.api_key_file, "teacher.api_key_file")
+        self._judged = _Group(config, "teacher", config.model, config.judges, urls or config.urls, config.replicas_file, api_key or configured, clients)
+        self._groups, rewriter = [self._judged], config.rewriter
+        if rewriter.urls or rewriter.replicas_file:
+            key = configured if rewriter.api_key_file is None else _configured_key(rewriter.api_key_file, "teacher.rewriter.api_key_file")
+            self._groups.append(_Group(config, "teacher.rewriter", rewriter.model or config.model, [], rewriter.urls, rewriter.replicas_file, key, clients))
+        self._fleet = self._judged.fleet
         self._judges = [self._make_judge(section, name, seed) for section, name in zip(config.judges, _names(config.judges))]
-        self._rewriter = Rewriter(config.rewriter, config.model, self._fleet, run_dir)
+        self._rewriter = Rewriter(rewriter, self._groups[-1].model, self._groups[-1].fleet, run_dir)
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
@@ -72,8 +73,8 @@ class Teacher:
 
     def _make_judge(self, section: JudgeSection, name: str, seed: int) -> VerdictJudge | LikelihoodJudge:
         if section.kind == "likelihood":
-            return LikelihoodJudge(section, name, self._model, self._fleet)
-        return VerdictJudge(section, name, self._model, self._fleet, seed)
+            return LikelihoodJudge(section, name, self._judged.model, self._fleet)
+        return VerdictJudge(section, name, self._judged.model, self._fleet, seed)
 
     # -- what a trainer asks --------------------------------------------------------------------------------------
 
@@ -91,27 +92,38 @@ class Teacher:
 
     def metrics(self) -> dict[str, float]:
         """Counts and rates since the last call; only what was counted. Latencies are seconds of answered attempts."""
-        meters = self._fleet.drain()
         metrics: dict[str, float] = {}
-        for kind, meter in meters.items():
-            metrics |= {f"{kind}/{name}": value for name, value in _figures(meter).items()}
+        for group in self._groups:
+            for kind, meter in group.fleet.drain().items():
+                metrics |= {f"{kind}/{name}": value for name, value in _figures(meter).items()}
+            metrics |= {f"{group.kind}/{name}": value for name, value in group.load.drain()}
         return metrics
 
     @property
+    def urls(self) -> list[str]:
+        """Addresses of all servers, as they are now."""
+        return [replica.url for group in self._groups for replica in group.fleet.replicas]
+
+    @property
     def seconds_without_answer(self) -> float:
-        """0 while nothing is outstanding; else seconds since the last answer from any server."""
-        return self._fleet.seconds_without_answer
+        """0 while nothing is outstanding; else seconds since the last answer from any server of the fleet that is silent for longest."""
+        return max(group.fleet.seconds_without_answer for group in self._groups)
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
-        """Return when every server generates with the configured model.
+        """Return when every server generates with the configured model; of those that a file lists, one is enough.
 
         Raises:
             TeacherError: a server is not there within ``ready_timeout``, wants another key, serves another model or cannot do
                 what the judges of this run need.
         """
         self._submit(self._all_ready()).result()
+
+    async def _all_ready(self) -> None:
+        found = await asyncio.gather(*(group.start() for group in self._groups))
+        if problems := [problem for some in found for problem in some]:
+            raise TeacherError("\n".join(problems))
 
     def close(self) -> None:
         """Cancel what is under way and end the thread. May be called twice."""
@@ -130,7 +142,8 @@ class Teacher:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._fleet.aclose()
+        for group in self._groups:
+            await group.fleet.aclose()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._closed:
@@ -138,85 +151,84 @@ class Teacher:
             raise TeacherError("the teacher's client is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    # -- readiness ------------------------------------------------------------------------------------------------
 
-    async def _all_ready(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            checks = [group.create_task(self._ready(replica)) for replica in self._fleet.replicas]
-        problems = [problem for check in checks if (problem := check.result())]
-        if problems:
-            raise TeacherError("\n".join(problems))
+class _Group:
+    """The servers of one model: fleet, what they are checked for, the file that lists them, their load.
+
+    Args:
+        name: ``teacher`` or ``teacher.rewriter``, as in the configuration.
+        judges: what the servers must be able to do besides answering.
+    """
+
+    def __init__(self, config: TeacherSection, name: str, model: str, judges: list[JudgeSection], urls: list[str], file: Path | None,
+                 key: str | None, clients: int) -> None:
+        self.model, self.kind, self._config, self._name = model, "judge" if name == "teacher" else "rewrite", config, name
+        self._file = None if urls or file is None else ReplicasFile(file, lambda url: _check_url(url, f"{name}.replicas_file"), f"{name}.replicas_file")
+        self._listed = self._file.read() if self._file else []
+        if not urls and not self._listed:
+            raise TeacherError("no teacher server: set teacher.urls or teacher.replicas_file, or start local ones")
+        for url in urls:
+            _check_url(url, f"{name}.urls")
+        readiness = Readiness(model, judges, name)
+        # Longer than the run's own patience: it must stop, and keep its pairs, before questions end without an answer.
+        patience = config.outage_timeout + max(5.0, 0.1 * config.outage_timeout)
+        self.fleet = Fleet(urls, key, concurrency=max(1, config.concurrency // clients), request_timeout=config.request_timeout, retries=config.retries,
+                           outage_timeout=patience, hedge_after=config.hedge_after, kind=self.kind,
+                           check=lambda replica: readiness.check(self.fleet, replica))
+        self.load = ServerLoad(self.fleet)
+        self._tasks: list[asyncio.Task] = []
+
+    async def start(self) -> list[str]:
+        """Problems of servers; none when the fleet is ready. Then its file and its load are watched."""
+        if self._file is None:
+            found = await asyncio.gather(*(self._ready(replica) for replica in self.fleet.replicas))
+            problems = [problem for problem in found if problem]
+        else:
+            self._tasks.append(asyncio.create_task(self._watch_file()))
+            self.fleet.set_urls(self._listed)
+            problems = await self._any_ready()
+        if not problems:
+            self._tasks.append(asyncio.create_task(self.load.watch()))
+        return problems
 
     async def _ready(self, replica: Replica) -> str | None:
         """What is wrong with this server for good; ``None`` if nothing. Waits for one that is still starting."""
-        deadline, problem = time.monotonic() + self._config.ready_timeout, "no attempt was made"
+        deadline = time.monotonic() + self._config.ready_timeout
         while True:
             try:
-                async with asyncio.timeout(max(0.1, min(self._config.request_timeout, deadline - time.monotonic()))):
-                    return await self._check_models(replica) or await self._check_answers(replica)
-            except (httpx.HTTPError, TimeoutError, ValueError) as error:
-                problem = str(error) or type(error).__name__
+                async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                    if await self.fleet.problem(replica) is None or replica.lasting:
+                        return replica.problem
+            except TimeoutError:
+                replica.problem = "it hangs"
             if time.monotonic() + 1.0 > deadline:
-                return (f"teacher server {replica.url} did not answer within teacher.ready_timeout={self._config.ready_timeout:.0f} s "
-                        f"({problem}); is it running, and does this machine reach it?")
+                return self._late(replica)
             await asyncio.sleep(1.0)
 
-    async def _check_models(self, replica: Replica) -> str | None:
-        status, data = await self._fleet.send(replica, "GET", "/models")
-        if status in (401, 403):
-            return (f"teacher server {replica.url} refuses the key (HTTP {status}); put its key into teacher.api_key_file "
-                    f"or into ${KEY_VARIABLE}")
-        if status == 404:
-            return f"teacher server {replica.url} has no {replica.url}/models (HTTP 404); teacher.urls must end where the API begins, usually in /v1"
-        if status != 200:
-            raise ValueError(f"HTTP {status}: {data!s:.200}")
-        try:
-            served = [model["id"] for model in data["data"]]
-        except (KeyError, TypeError):
-            return f"teacher server {replica.url} does not list models as an OpenAI-compatible server does"
-        if self._model not in served:
-            return f"teacher server {replica.url} serves {', '.join(map(str, served)) or 'nothing'}, not teacher.model={self._model}; change one of them"
-        return None
+    async def _any_ready(self) -> list[str]:
+        deadline = time.monotonic() + self._config.ready_timeout
+        while all(replica.resting for replica in self.fleet.replicas):
+            if all(replica.lasting for replica in self.fleet.replicas):
+                return [replica.problem for replica in self.fleet.replicas]
+            if time.monotonic() > deadline:
+                return [replica.problem if replica.lasting else self._late(replica) for replica in self.fleet.replicas]
+            await asyncio.sleep(0.05)
+        return []
 
-    async def _check_answers(self, replica: Replica) -> str | None:
-        """Ask what the judges of this run will ask; finds out the server's dialect."""
-        kinds = {section.kind for section in self._config.judges}
-        if "likelihood" in kinds:
-            status, data = await self._fleet.send(replica, "POST", "/completions", request(self._model, "The sun", " is hot."))
-            if problem := _trouble(replica, status, data):
-                return problem
-            try:
-                read_likelihood(data)
-            except Unreadable as error:
-                return f"teacher server {replica.url}: {error}"
-        if kinds == {"likelihood"}:
-            return None  # asks for no verdicts: a model without a chat template will do
-        return await self._find_dialect(replica) or await lacks_logprobs(self._fleet, replica, self._model, self._config.judges)
+    def _late(self, replica: Replica) -> str:
+        return (f"teacher server {replica.url} did not answer within teacher.ready_timeout={self._config.ready_timeout:.0f} s "
+                f"({replica.problem or 'no answer'}); is it running, and does this machine reach it?")
 
-    async def _find_dialect(self, replica: Replica) -> str | None:
-        """Set the first dialect, from the replica's on, whose answer is a verdict; words alone are trusted to any server that answers."""
-        for dialect in DIALECTS[DIALECTS.index(replica.dialect):]:
-            replica.dialect = dialect
-            status, data = await self._fleet.send(replica, "POST", "/chat/completions", verdict_request(self._model, _PROBE_SECTION, _PROBE, dialect))
-            if status in (400, 422) and dialect != "plain":
-                continue  # does not know the field
-            if problem := _trouble(replica, status, data):
-                return problem
-            try:
-                read_verdict(data, dialect, _PROBE.choices, reasoning=False)
-                return None
-            except Unreadable:
-                continue
-        return None
-
-
-def _trouble(replica: Replica, status: int, data: Any) -> str | None:
-    """A lasting problem of a server that answered a question with ``status``; ValueError for one that may pass."""
-    if status == 200:
-        return None
-    if status in (400, 401, 403, 404, 405, 422, 501):
-        return f"teacher server {replica.url} does not answer questions (HTTP {status}): {data!s:.300}"
-    raise ValueError(f"HTTP {status}: {data!s:.200}")
+    async def _watch_file(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(replicas_file.EVERY)
+            urls = await loop.run_in_executor(None, self._file.changed)  # a shared file system may take its time
+            if urls is not None:
+                joined, left = self.fleet.set_urls(urls)
+                if joined or left:
+                    _log.warning("%s.replicas_file: %d servers join (%s), %d leave (%s)", self._name, len(joined), ", ".join(joined) or "none",
+                                 len(left), ", ".join(left) or "none")
 
 
 def _figures(meter: Meter) -> dict[str, float]:
@@ -230,8 +242,7 @@ def _figures(meter: Meter) -> dict[str, float]:
     for rate, part, whole in RATES:
         if more.get(whole):
             figures[rate] = more.get(part, 0.0) / more[whole]
-    if "refusals" in more:
-        figures["refusals"] = more["refusals"]
+    figures |= {name: value for name, value in more.items() if name in _COUNTS or name.startswith("fault/")}
     return figures
 
 
@@ -244,22 +255,26 @@ def _names(judges: list[JudgeSection]) -> list[str]:
     return names
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: str, setting: str) -> None:
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise TeacherError(f"teacher.urls: {url!r} is not an address ({error}); write http://HOST:PORT/v1") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise TeacherError(f"teacher.urls: {url!r} is not an address; write http://HOST:PORT/v1")
+        parsed = urlsplit(url)
+        port = parsed.port
+    except ValueError as error:
+        raise TeacherError(f"{setting}: {url!r} is not an address ({error}); write http://HOST:PORT/v1") from None
+    if parsed.username or parsed.password or parsed.query or parsed.fragment:  # it would stand in every log
+        raise TeacherError(f"{setting}: the address of {parsed.hostname} holds a user, a password or a query; "
+                           "write http://HOST:PORT/v1 and put the key into teacher.api_key_file")
+    if parsed.scheme not in ("http", "https") or not parsed.hostname or port == 0:
+        raise TeacherError(f"{setting}: {url!r} is not an address; write http://HOST:PORT/v1")
 
 
-def _configured_key(config: TeacherSection) -> str | None:
-    if config.api_key_file is None:
+def _configured_key(file: Path | None, setting: str) -> str | None:
+    if file is None:
         return os.environ.get(KEY_VARIABLE) or None
     try:
-        key = config.api_key_file.read_text(encoding="utf-8").strip()
+        key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"teacher.api_key_file {config.api_key_file} cannot be read: {error}; write the servers' key into it") from None
+        raise TeacherError(f"{setting} {file} cannot be read: {error}; write the servers' key into it") from None
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise TeacherError(f"teacher.api_key_file {config.api_key_file} holds no key: a key is one line of printable ASCII without spaces")
+        raise TeacherError(f"{setting} {file} holds no key: a key is one line of printable ASCII without spaces")
     return key

@@ -3,10 +3,12 @@
 In: a request (path and JSON body) and a function that reads its answer. Out: what was read, or ``None`` for "no answer".
 
 Promises:
-- Every attempt has a deadline, every question a number of attempts; a question that fails ends as ``None``, never as an exception.
-- While no server can be reached at all, questions wait and lose no attempts, for ``outage_timeout`` seconds: an outage is no judgement.
-- No server has more than ``concurrency`` requests under way; the one with the least outstanding work is asked first.
-- A server that fails several times in a row rests; the others take its work, and one request at a time finds out whether it is back.
+- Every attempt has a deadline to the last byte, every question a number of attempts; a question that fails ends as ``None``, never as an exception.
+- While no server can be reached, questions wait and lose no attempts, for ``outage_timeout`` seconds: an outage is no judgement. Nor does "busy" cost one.
+- No server has more than ``concurrency`` requests under way; the one with the least outstanding work is asked first; a new one starts slowly.
+- A server that fails several times in a row rests; the others take its work, and a generation of our own, not a question, finds out whether it is back.
+- An attempt that is slower than most is hedged: another server with room is asked too, the first good answer counts, and only that one.
+- An answer by another model, or (where a server repeats the request's id) to another request, is no answer.
 - No redirect is followed and the key goes to the configured servers only.
 """
 
@@ -14,19 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
+import secrets
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import httpx
+from megatron_sip.teacher.hedging import Hedging
+from megatron_sip.teacher.meter import Meter
+from megatron_sip.teacher.replica import Replica, retry_after
+from megatron_sip.teacher.transport import Answer, Fault, Transport
 
 T = TypeVar("T")
 
-FAILURES_IN_A_ROW = 3  # after which a server rests
+FAILURES_IN_A_ROW, UNREADABLE_IN_A_ROW = 3, 10  # after which a server rests (the second: while there are others)
 REST = 3.0  # seconds
 _BACKOFF, _LONGEST_BACKOFF = 0.25, 8.0  # seconds before the second attempt, doubled from then on
 _REFUSED = (400, 413, 422)  # the request itself is at fault (too long, say): asking again does not help
@@ -38,44 +43,12 @@ class Unreadable(ValueError):
     """Raised by a reader: the answer is not what was asked for; worth another attempt."""
 
 
-@dataclass
-class Replica:
-    """One server. ``dialect`` is how it is asked for a constrained verdict (see :mod:`megatron_sip.teacher.judge`)."""
-
-    url: str
-    dialect: str = "choice"
-    outstanding: int = 0
-    failures_in_a_row: int = 0
-    rests_until: float = 0.0
-
-    def room(self, concurrency: int, now: float) -> bool:
-        if now < self.rests_until:
-            return False
-        return self.outstanding < (1 if self.failures_in_a_row >= FAILURES_IN_A_ROW else concurrency)
-
-
-@dataclass
-class Meter:
-    """Counts of one kind of question since they were last drained."""
-
-    questions: int = 0
-    no_answer: int = 0
-    retries: int = 0
-    refused: int = 0
-    latencies: list[float] = field(default_factory=list)
-    more: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, amount: float = 1.0) -> None:
-        self.more[name] = self.more.get(name, 0.0) + amount
-
-    def quantile(self, q: float) -> float:
-        """Seconds of an attempt that was answered (nearest rank)."""
-        ordered = sorted(self.latencies)
-        return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+class _Refused(Exception):
+    """The server says that the request is at fault."""
 
 
 class Fleet:
-    """All servers of the teacher. Every method but :meth:`drain` and the properties belongs to the event loop.
+    """All servers of one model. Every method but :meth:`drain`, :meth:`note` and the properties belongs to the event loop.
 
     Args:
         urls: base addresses such as ``http://127.0.0.1:8000/v1``.
@@ -83,27 +56,34 @@ class Fleet:
         concurrency: requests under way at once, per server.
         request_timeout: seconds for one attempt, from sending to the last byte.
         retries: further attempts.
-        outage_timeout: seconds without any answer for which attempts that found no server do not count.
+        outage_timeout: seconds without any answer for which questions wait for a server and attempts that found none do not count.
+        hedge_after: quantile of the latencies after which a second server is asked; 0 never asks one.
+        check: what keeps a server from generating, or None; asked of servers that rest or are new. It may raise Fault, TimeoutError or ValueError.
+            Without it, a server that has rested gets one question.
+        kind: meter of what belongs to no question, such as failed checks.
     """
 
-    def __init__(self, urls: list[str], api_key: str | None, *, concurrency: int, request_timeout: float, retries: int,
-                 outage_timeout: float = 0.0) -> None:
+    def __init__(self, urls: Sequence[str], api_key: str | None, *, concurrency: int, request_timeout: float, retries: int,
+                 outage_timeout: float = 0.0, hedge_after: float = 0.0, check: Callable[[Replica], Awaitable[str | None]] | None = None,
+                 kind: str = "judge") -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in urls]
         self._concurrency, self._request_timeout, self._attempts = concurrency, request_timeout, retries + 1
-        self._outage_timeout = outage_timeout
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=concurrency * len(urls), max_keepalive_connections=concurrency * len(urls))
-        self._client = httpx.AsyncClient(headers=headers, limits=limits, timeout=request_timeout, follow_redirects=False, trust_env=False)
-        self._changed = asyncio.Condition()
+        self._outage_timeout, self._check, self._kind = outage_timeout, check, kind
+        self._transport, self._hedging = Transport(api_key), Hedging(hedge_after)
+        self._queue: deque[asyncio.Future[Replica | None]] = deque()  # questions that wait for a server
+        self._checks: dict[Replica, asyncio.Task] = {}
+        self._outage_timer: asyncio.TimerHandle | None = None
         self._meters: dict[str, Meter] = {}
         self._lock = threading.Lock()
         self._told: set[str] = set()  # kinds of questions whose refusal was logged
         self._waiting = 0  # questions asked and not finished
         self._quiet_since = 0.0
+        self._id_prefix, self._sent = secrets.token_hex(4), 0
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    async def ask(self, kind: str, path: str, body: Callable[[Replica], dict[str, Any]], read: Callable[[Any, Replica], T]) -> T | None:
+    async def ask(self, kind: str, path: str, body: Callable[[Replica], dict[str, Any]], read: Callable[[Any, Replica], T], *,
+                  questions: int = 1) -> T | None:
         """Ask until ``read`` accepts an answer; ``None`` after the last attempt.
 
         Args:
@@ -111,112 +91,285 @@ class Fleet:
             path: below the servers' addresses, e.g. ``/completions``.
             body: the request for a given server.
             read: gets the decoded JSON; raises :class:`Unreadable` for nonsense.
+            questions: how many the request holds (samples, or a list of prompts).
         """
         if self._waiting == 0:
             self._quiet_since = time.monotonic()
         self._waiting += 1
         try:
-            return await self._attempt_all(kind, path, body, read)
+            return await self._attempt_all(kind, path, body, read, questions)
         finally:
             self._waiting -= 1
 
-    async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable) -> Any:
-        self._count(kind, questions=1)
-        attempt = tries = 0
+    async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable, questions: int) -> Any:
+        self._count(kind, questions=questions)
+        self._hedging.asked()
+        attempt, tries, asked, replica = 0, 0, time.monotonic(), None
         while attempt < self._attempts:
             if tries:
                 self._count(kind, retries=1)
                 await asyncio.sleep(min(_LONGEST_BACKOFF, _BACKOFF * 2 ** min(tries - 1, 16)) * random.uniform(0.5, 1.5))
             tries += 1
-            replica = await self._acquire()
+            replica = await self._acquire(besides=replica)
+            if replica is None:
+                break
             began = time.monotonic()
             try:
-                async with asyncio.timeout(self._request_timeout):
-                    status, data = await self.send(replica, "POST", path, body(replica))
-                if status in _REFUSED:
-                    self._answered(replica)
-                    self._refused(kind, replica, status, data)
-                    break
-                if status != 200:
-                    raise Unreadable(f"HTTP {status}")
-                self._answered(replica)
-            except (httpx.HTTPError, TimeoutError, ValueError, RecursionError) as error:
-                self._failed(replica)
-                attempt += not self._outage(error)
-                continue
-            finally:
-                await self._release(replica)
-            try:
-                result = read(data, replica)
+                result = await self._hedged(kind, replica, path, body, read)
+            except _Refused:
+                break
             except Unreadable:
                 attempt += 1
-                continue
-            self._count(kind, latency=time.monotonic() - began)
-            return result
-        self._count(kind, no_answer=1)
+            except Fault as fault:
+                patient = time.monotonic() - asked < self._outage_timeout
+                attempt += not (self._outage(fault) or (fault.kind == "busy" and patient))
+            else:
+                self._count(kind, latency=time.monotonic() - began)
+                return result
+        self._count(kind, no_answer=questions)
         return None
 
-    async def send(self, replica: Replica, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """One request: HTTP status and decoded JSON (the text if it is none and the status is an error)."""
-        response = await self._client.request(method, replica.url + path, json=body)
+    async def _hedged(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> Any:
+        """One attempt, by two servers if the first is slow. The slot of ``replica`` is given back in every case."""
+        delay = self._hedging.delay((kind, path)) if len(self.replicas) > 1 else None
+        if delay is None:
+            try:
+                return await self._once(kind, replica, path, body, read)
+            finally:
+                self._release(replica)
+        first = self._start(kind, replica, path, body, read)
+        tasks, problem = {first}, None
         try:
-            return response.status_code, response.json()
-        except ValueError:
-            if response.status_code == 200:
-                raise
-            return response.status_code, response.text
+            await asyncio.wait(tasks, timeout=delay)
+            if first.done():
+                return first.result()
+            other = None if self._queue else self._freest(besides=replica)
+            if other is not None and self._hedging.spend():
+                self.note(kind, "hedges")
+                other.outstanding += 1
+                tasks.add(self._start(kind, other, path, body, read))
+            pending = tasks
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                good = [task for task in done if task.exception() is None]
+                if good:
+                    if first not in good:
+                        self.note(kind, "hedges_won")
+                    return good[0].result()
+                problem = problem or next(iter(done)).exception()
+            raise problem
+        finally:
+            if losers := [task for task in tasks if not task.done()]:
+                for task in losers:
+                    task.cancel()
+                await asyncio.gather(*losers, return_exceptions=True)
 
-    # -- servers --------------------------------------------------------------------------------------------------
+    def _start(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> asyncio.Task:
+        task = asyncio.create_task(self._once(kind, replica, path, body, read))
+        task.add_done_callback(lambda _: self._release(replica))  # not inside: a task cancelled before it began runs no finally
+        return task
 
-    async def _acquire(self) -> Replica:
-        """The free server with the least outstanding work; waits for one."""
-        async with self._changed:
-            while True:
-                now = time.monotonic()
-                free = [replica for replica in self.replicas if replica.room(self._concurrency, now)]
-                if free:
-                    replica = min(free, key=lambda replica: (replica.outstanding, random.random()))
-                    replica.outstanding += 1
-                    return replica
-                resting = [replica.rests_until - now for replica in self.replicas if replica.rests_until > now]
-                try:
-                    async with asyncio.timeout(min(resting) + 0.01 if resting else None):
-                        await self._changed.wait()
-                except TimeoutError:
-                    pass
+    async def _once(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> Any:
+        """One request to one server. Raises Fault, Unreadable or _Refused; all but the second and third count against the server."""
+        request, began = body(replica), time.monotonic()
+        self._sent += 1
+        request_id = f"{self._id_prefix}-{self._sent}"
+        try:
+            try:
+                async with asyncio.timeout(self._request_timeout):
+                    answer = await self._transport.send("POST", replica.url + path, request, request_id)
+            except TimeoutError:
+                raise Fault("timeout", f"no answer within {self._request_timeout:g} s") from None
+            if answer.status in _REFUSED:
+                self._answered(replica)
+                self._refused(kind, replica, answer)
+                raise _Refused
+            _verify(replica, request, answer, request_id)
+        except asyncio.CancelledError:
+            self._hedging.took((kind, path), time.monotonic() - began)  # at least
+            raise
+        except Fault as fault:
+            self.note(kind, f"fault/{fault.kind}")
+            self._failed(replica, fault)
+            raise
+        self._answered(replica)
+        self._hedging.took((kind, path), time.monotonic() - began)
+        try:
+            result = read(answer.data, replica)
+        except Unreadable as error:
+            self.note(kind, "fault/unreadable")
+            self._unreadable(replica, error)
+            raise
+        replica.unreadable_in_a_row = 0
+        self._count_usage(kind, answer.data)
+        return result
 
-    async def _release(self, replica: Replica) -> None:
+    async def send(self, replica: Replica, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """One request beside the questions: HTTP status and decoded JSON (the text if it is none and the status is an error).
+
+        Raises:
+            Fault: see :meth:`megatron_sip.teacher.transport.Transport.send`.
+        """
+        self._sent += 1
+        request_id = f"{self._id_prefix}-{self._sent}"
+        answer = await self._transport.send(method, replica.url + path, body, request_id)
+        if body is not None and answer.status == 200 and isinstance(answer.data, dict):
+            _check_echo(replica, answer.data, request_id)
+        return answer.status, answer.data
+
+    async def text(self, url: str) -> str | None:
+        return await self._transport.text(url)
+
+    # -- who is asked ---------------------------------------------------------------------------------------------
+
+    def _freest(self, besides: Replica | None = None) -> Replica | None:
+        now = time.monotonic()
+        free = [replica for replica in self.replicas if replica is not besides and replica.room(self._concurrency, now)]
+        return min(free, key=lambda replica: (replica.outstanding, random.random())) if free else None
+
+    async def _acquire(self, besides: Replica | None = None) -> Replica | None:
+        """A slot of the free server with the least outstanding work, rather not the one that just failed this question; waits for one, in order.
+
+        None: all servers rest, and have done so for too long.
+        """
+        if not self._queue and (replica := self._freest(besides) or self._freest()) is not None:
+            replica.outstanding += 1
+            return replica
+        place = asyncio.get_running_loop().create_future()
+        self._queue.append(place)
+        self._watch_outage()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.result() is not None:
+                self._release(place.result())
+            raise
+
+    def _dispatch(self) -> None:
+        """Give free slots to those who wait."""
+        while self._queue:
+            if self._queue[0].done():  # cancelled
+                self._queue.popleft()
+            elif (replica := self._freest()) is not None:
+                replica.outstanding += 1
+                self._queue.popleft().set_result(replica)
+            else:
+                return
+
+    def _release(self, replica: Replica) -> None:
         replica.outstanding -= 1
-        room = self._concurrency - replica.outstanding  # more than one after a recovery
-        async with self._changed:
-            self._changed.notify(room)
+        self._dispatch()
+
+    # -- who rests ------------------------------------------------------------------------------------------------
 
     def _answered(self, replica: Replica) -> None:
-        recovered = replica.failures_in_a_row >= FAILURES_IN_A_ROW
-        replica.failures_in_a_row = 0
-        self._quiet_since = time.monotonic()
-        if recovered:
-            _log.warning("teacher server %s answers again", replica.url)
-
-    def _failed(self, replica: Replica) -> None:
-        replica.failures_in_a_row += 1
-        if replica.failures_in_a_row == FAILURES_IN_A_ROW:
-            _log.warning("teacher server %s failed %d times in a row; it rests for %.0f s at a time", replica.url, FAILURES_IN_A_ROW, REST)
         if replica.failures_in_a_row >= FAILURES_IN_A_ROW:
-            replica.rests_until = time.monotonic() + REST
+            _log.warning("teacher server %s answers again", replica.url)
+        replica.failures_in_a_row = 0
+        replica.grow(self._concurrency)
+        self._quiet_since = time.monotonic()
 
-    def _outage(self, error: Exception) -> bool:
+    def _failed(self, replica: Replica, fault: Fault) -> None:
+        if fault.kind == "busy":
+            loop = asyncio.get_running_loop()
+            loop.call_later(max(0.0, replica.busy_until - time.monotonic()) + 0.01, self._dispatch)
+            return
+        # Another model is no matter of chance.
+        replica.failures_in_a_row = max(replica.failures_in_a_row + 1, FAILURES_IN_A_ROW if fault.kind == "wrong_model" else 0)
+        if replica.failures_in_a_row == FAILURES_IN_A_ROW:
+            _log.warning("teacher server %s fails (%.300s); it gets no questions until it generates in a check, every %.0f s", replica.url, fault, REST)
+        if replica.failures_in_a_row >= FAILURES_IN_A_ROW and replica in self.replicas:
+            self._rest(replica, REST)
+
+    def _unreadable(self, replica: Replica, error: Unreadable) -> None:
+        """A server that answers nonsense, and fast, would draw most questions: it rests while there are others."""
+        replica.unreadable_in_a_row += 1
+        if replica.unreadable_in_a_row >= UNREADABLE_IN_A_ROW and any(not other.resting for other in self.replicas if other is not replica):
+            _log.warning("teacher server %s gave %d unreadable answers in a row (%.300s); it rests", replica.url, replica.unreadable_in_a_row, error)
+            replica.unreadable_in_a_row = 0
+            replica.failures_in_a_row = max(1, replica.failures_in_a_row)  # it begins again with one question
+            self._rest(replica, REST)
+
+    def _rest(self, replica: Replica, seconds: float) -> None:
+        replica.resting = True
+        if replica not in self._checks:
+            self._checks[replica] = asyncio.get_running_loop().create_task(self._recover(replica, seconds))
+        self._watch_outage()
+
+    async def _recover(self, replica: Replica, seconds: float) -> None:
+        told = None
+        while True:
+            await asyncio.sleep(seconds)
+            seconds, problem = REST, await self.problem(replica)
+            if problem is None:
+                break
+            self.note(self._kind, "fault/check")
+            if problem != told:
+                _log.warning("teacher server %s does not generate: %.300s", replica.url, problem)
+            told = problem
+        replica.resting, replica.limit = False, 1 if replica.failures_in_a_row else replica.limit
+        del self._checks[replica]
+        self._dispatch()
+
+    async def problem(self, replica: Replica) -> str | None:
+        """What keeps this server from getting questions, after a check within one attempt's deadline; None for nothing."""
+        if self._check is None:
+            return None
+        try:
+            async with asyncio.timeout(self._request_timeout):
+                replica.problem = await self._check(replica)
+            replica.lasting = replica.problem is not None
+        except TimeoutError:
+            replica.problem, replica.lasting = f"no answer within {self._request_timeout:g} s", False
+        except (Fault, ValueError) as error:
+            replica.problem, replica.lasting = str(error) or type(error).__name__, False
+        return replica.problem
+
+    def set_urls(self, urls: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Servers that join (checked before they get work) and leave (they finish what they have); those that did."""
+        wanted = list(dict.fromkeys(url.rstrip("/") for url in urls))
+        left = [replica for replica in self.replicas if replica.url not in wanted]
+        here = {replica.url for replica in self.replicas}
+        joined = [Replica(url) for url in wanted if url not in here]
+        self.replicas = [replica for replica in self.replicas if replica.url in wanted] + joined
+        for replica in left:
+            if (check := self._checks.pop(replica, None)) is not None:
+                check.cancel()
+        for replica in joined:
+            self._rest(replica, 0.0)
+        self._dispatch()
+        return [replica.url for replica in joined], [replica.url for replica in left]
+
+    # -- outages --------------------------------------------------------------------------------------------------
+
+    def _outage(self, fault: Fault) -> bool:
         """This failure tells nothing of the question: the connection failed, and so it did on every server, several times."""
-        connection = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException)
-        return (connection and self.seconds_without_answer < self._outage_timeout
-                and all(replica.failures_in_a_row >= FAILURES_IN_A_ROW for replica in self.replicas))
+        return (fault.connection and self.seconds_without_answer < self._outage_timeout
+                and all(replica.resting or replica.failures_in_a_row >= FAILURES_IN_A_ROW for replica in self.replicas))
 
-    def _refused(self, kind: str, replica: Replica, status: int, data: Any) -> None:
+    def _watch_outage(self) -> None:
+        """While all servers rest, questions wait no longer than ``outage_timeout``."""
+        if self._outage_timer is None and self._queue and all(replica.resting for replica in self.replicas):
+            left = max(0.0, self._outage_timeout - self.seconds_without_answer)
+            if left > 1.0:
+                _log.warning("no teacher server generates; %d questions wait, for at most %.0f s", len(self._queue), left)
+            self._outage_timer = asyncio.get_running_loop().call_later(left + 0.001, self._end_outage)
+
+    def _end_outage(self) -> None:
+        self._outage_timer = None
+        if all(replica.resting for replica in self.replicas) and self.seconds_without_answer >= self._outage_timeout:
+            while self._queue:
+                place = self._queue.popleft()
+                if not place.done():
+                    place.set_result(None)
+        self._watch_outage()
+
+    def _refused(self, kind: str, replica: Replica, answer: Answer) -> None:
         self._count(kind, refused=1)
         if kind not in self._told:
             self._told.add(kind)
             _log.warning("teacher server %s refused a %s question with HTTP %d (further ones are only counted): %.300s",
-                         replica.url, kind, status, data)
+                         replica.url, kind, answer.status, answer.data)
 
     # -- what callers see -----------------------------------------------------------------------------------------
 
@@ -233,6 +386,20 @@ class Fleet:
             if latency is not None:
                 meter.latencies.append(latency)
 
+    def _count_usage(self, kind: str, data: Any) -> None:
+        """Tokens that the server says it used; the share from its prefix cache where it says that, too."""
+        usage = data.get("usage") if isinstance(data, dict) else None
+        if not isinstance(usage, dict):
+            return
+        details = usage.get("prompt_tokens_details")
+        tokens = {"prompt_tokens": usage.get("prompt_tokens"), "completion_tokens": usage.get("completion_tokens"),
+                  "cached_prompt_tokens": details.get("cached_tokens") if isinstance(details, dict) else None}
+        with self._lock:
+            meter = self._meters.setdefault(kind, Meter())
+            for name, amount in tokens.items():
+                if isinstance(amount, int) and amount >= 0:
+                    meter.add(name, amount)
+
     def note(self, kind: str, name: str, amount: float = 1.0) -> None:
         """Count something else beside the questions of ``kind``."""
         with self._lock:
@@ -245,4 +412,34 @@ class Fleet:
         return meters
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        if self._outage_timer is not None:
+            self._outage_timer.cancel()
+        checks = list(self._checks.values())
+        for check in checks:
+            check.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
+        await self._transport.aclose()
+
+
+def _verify(replica: Replica, request: dict[str, Any], answer: Answer, request_id: str) -> None:
+    """Raise Fault unless this is a successful answer to this request by the right model, as far as it says so."""
+    if answer.status == 429 or (answer.status == 503 and answer.retry_after is not None):
+        replica.leave_alone(retry_after(answer.retry_after))
+        raise Fault("busy", f"HTTP {answer.status}")
+    if answer.status != 200:
+        raise Fault(f"http_{answer.status}", f"HTTP {answer.status}: {answer.data!s:.200}")
+    if not isinstance(answer.data, dict):
+        return  # the reader will say so
+    model, expected = answer.data.get("model"), replica.answers_as or request.get("model")
+    if isinstance(model, str) and expected and model != expected:
+        raise Fault("wrong_model", f"an answer of model {model:.100}, not {expected}")
+    _check_echo(replica, answer.data, request_id)
+
+
+def _check_echo(replica: Replica, data: dict[str, Any], request_id: str) -> None:
+    """A server that has repeated a request's id in its answer (vLLM does) is held to it from then on."""
+    told = data.get("id")
+    if isinstance(told, str) and request_id in told:
+        replica.echoes = True
+    elif replica.echoes and isinstance(told, str):
+        raise Fault("other_request", f"an answer to request {told:.100}, not {request_id}")

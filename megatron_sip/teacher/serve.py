@@ -26,7 +26,8 @@ def local_teacher(config: TeacherSection, log_dir: Path, *, device: str) -> Loca
     Args:
         device: ``cpu`` or ``cuda``.
     """
-    flags = ["--dtype", config.dtype, "--max-model-len", str(config.max_model_len), "--tensor-parallel-size", str(config.tensor_parallel_size)]
+    flags = ["--dtype", config.dtype, "--max-model-len", str(config.max_model_len), "--tensor-parallel-size", str(config.tensor_parallel_size),
+             "--enable-prompt-tokens-details"]  # how much of a prompt came from the prefix cache
     return LocalServers(config.model, config.num_servers, port=config.port, log_dir=log_dir, name="teacher",
                         extra_args=[*flags, *config.extra_args], ready_timeout=config.ready_timeout, device=device)
 

@@ -46,7 +46,8 @@ _FREE = (
     "run.dir", "run.name", "parallel.", "train.exit_after", "train.eval_interval", "train.eval_pairs", "train.order",
     "train.micro_batch_size", "train.bad_step", "train.max_bad_steps", "train.loss_spike_factor", "train.stop_patience", "model.init_from", "rollout.engine", "rollout.batch_size", "rollout.urls", "rollout.num_servers",
     "rollout.api_key_file", "rollout.sync_dir", "rollout.ready_timeout", "rollout.request_timeout", "rollout.logprob_tolerance",
-    "teacher.urls", "teacher.num_servers", "teacher.port", "teacher.api_key_file", "teacher.max_model_len", "teacher.tensor_parallel_size",
+    "teacher.urls", "teacher.replicas_file", "teacher.hedge_after", "teacher.rewriter.urls", "teacher.rewriter.replicas_file",
+    "teacher.rewriter.api_key_file", "teacher.num_servers", "teacher.port", "teacher.api_key_file", "teacher.max_model_len", "teacher.tensor_parallel_size",
     "teacher.extra_args", "teacher.concurrency", "teacher.request_timeout", "teacher.retries", "teacher.ready_timeout",
     "teacher.outage_timeout", "data.data_cache_path", "teacher.rewriter.cache_dir", "checkpoint.", "log.", "debug.", "health.",
 )

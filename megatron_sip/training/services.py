@@ -45,10 +45,11 @@ class RunServices:
         """
         config = self._config
         if config.asks_teacher:
-            urls, key = self._shared(self._start_teacher if not config.teacher.urls else lambda: (config.teacher.urls, None))
+            running = config.teacher.urls or config.teacher.replicas_file
+            urls, key = self._shared(lambda: (config.teacher.urls, None) if running else self._start_teacher())
             if self._runtime.is_lead:
                 self.for_stream.teacher = Teacher(config.teacher, quorum=config.pool.quorum, seed=config.run.seed, run_dir=config.run.dir,
-                                                  urls=urls, api_key=key)
+                                                  urls=urls, api_key=key, clients=self._runtime.dp_size)
         if config.pool.rollouts and not config.debug.replaying:
             if config.rollout.engine == "in_process":
                 self._start_sampler(policy)

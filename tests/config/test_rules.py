@@ -25,6 +25,18 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            [*_JUDGED, "teacher.urls=[http://a/v1]", "teacher.replicas_file=servers"],
+            "teacher.urls and teacher.replicas_file both say where the servers are; unset one",
+        ),
+        (
+            [*_JUDGED, "teacher.rewriter={urls: [http://a/v1], replicas_file: servers}"],
+            "teacher.rewriter.urls and teacher.rewriter.replicas_file both say where the servers are; unset one",
+        ),
+        (
+            [*_JUDGED, "teacher.rewriter.model=writer"],
+            "teacher.rewriter.model=writer needs servers that serve it: set teacher.rewriter.urls or replicas_file",
+        ),
         ([*_NO_POOL, "objective.dpo_weight=0"], "pool: no candidate at all; set pool.original, pool.rewrite or pool.rollouts"),
         (
             [*_JUDGED, "objective.nll_weight=0", "objective.dpo_weight=0"],

@@ -23,10 +23,10 @@ def pool_of(*texts: str) -> Pool:
     return Pool(PAIR, (1,), "A text begins", tuple(Candidate("rollout", (1,), text, index=k) for k, text in enumerate(texts)), "so")
 
 
-def teacher(tmp_path, urls, judges=("quality",), key=None, **settings) -> Teacher:
+def teacher(tmp_path, urls, judges=("quality",), key=None, clients=1, **settings) -> Teacher:
     settings = {"model": MODEL, "retries": 0, "request_timeout": 5.0, "ready_timeout": 3.0, **settings}
     section = TeacherSection(judges=[judge if isinstance(judge, dict) else {"kind": judge} for judge in judges], **settings)
-    return Teacher(section, quorum=0.5, seed=0, run_dir=tmp_path, urls=urls, api_key=key)
+    return Teacher(section, quorum=0.5, seed=0, run_dir=tmp_path, urls=urls, api_key=key, clients=clients)
 
 
 def obedient(path, body):
