@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,8 +34,7 @@ class Outcome:
 
 def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 500) -> Outcome:
     """Run scenarios one after the other in ``world_size`` processes, which are all gone afterwards."""
-    ports = iter(_free_ports(3 * len(scenarios)))
-    command = [sys.executable, str(_HERE / "policy_worker.py"), str(output), *(f"{name}:{next(ports)}:{next(ports)}:{next(ports)}" for name in scenarios)]
+    command = [sys.executable, str(_HERE / "policy_worker.py"), str(output), *scenarios]
     processes, logs = [], []
     try:
         for rank in range(world_size):
@@ -63,13 +61,3 @@ def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 
         text += log.read()
         log.close()
     return Outcome(output, text)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
