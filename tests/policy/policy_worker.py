@@ -27,8 +27,7 @@ def main() -> None:
     import policy_scenarios as scenarios
 
     output = Path(sys.argv[1])
-    for item in sys.argv[2:]:
-        name = item.split(":")[0]
+    for name in sys.argv[2:]:
         try:
             scenarios.meet_at(str(output / f"port.{os.environ['WORLD_SIZE']}.{name}."))
             [scenario] = [getattr(module, name) for module in (scenarios, policy_layouts, policy_faults) if hasattr(module, name)]
