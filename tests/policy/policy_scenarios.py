@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,33 @@ from policy_judged import LAYOUTS
 from policy_tiny import PAIRS, SEQUENCE, VOCAB, Run, hf_weights, make_config, tokens
 
 STEPS = 3
-PORTS: list[str] = []
+_meeting: list[str] = []
+
+
+def meet_at(files: str) -> None:
+    """Let the runtimes of a scenario find their ports through files that begin with ``files``, the same in all processes."""
+    _meeting[:] = [files, "0"]
+    next_port()
 
 
 def next_port() -> None:
-    """Let the next runtime of this scenario meet its peers on a port that no earlier one used."""
-    os.environ["MASTER_PORT"] = PORTS.pop()
+    """Let the next runtime of this scenario meet its peers on a port that no earlier one used.
+
+    Rank 0 takes a free one only now: one that was chosen when the processes started could be somebody else's by this time.
+    """
+    path = Path("".join(_meeting))
+    _meeting[1] = str(int(_meeting[1]) + 1)
+    if os.environ["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            path.with_suffix(".tmp").write_text(str(probe.getsockname()[1]))
+        path.with_suffix(".tmp").rename(path)
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank 0 named no port in {path}")
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = path.read_text()
 
 
 def _train(output: Path, shape: str, reference: bool) -> dict[str, Any]:

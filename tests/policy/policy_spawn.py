@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,8 +34,7 @@ class Outcome:
 
 def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 500) -> Outcome:
     """Run scenarios one after the other in ``world_size`` processes, which are all gone afterwards."""
-    ports = iter(_free_ports(3 * len(scenarios)))
-    command = [sys.executable, str(_HERE / "policy_worker.py"), str(output), *(f"{name}:{next(ports)}:{next(ports)}:{next(ports)}" for name in scenarios)]
+    command = [sys.executable, str(_HERE / "policy_worker.py"), str(output), *scenarios]
     processes, logs = [], []
     try:
         for rank in range(world_size):
@@ -65,15 +61,3 @@ def spawn(world_size: int, scenarios: list[str], output: Path, timeout: float = 
         text += log.read()
         log.close()
     return Outcome(output, text)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Below those that systems hand out to other programs, which might take one of these before its scenario begins."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(15_000, 32_000), 2_000):
-        with socket.socket() as trial, contextlib.suppress(OSError):
-            trial.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise OSError(f"no {count} free ports between 15000 and 32000")

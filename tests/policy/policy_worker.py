@@ -1,7 +1,7 @@
 """Runs scenarios of ``policy_scenarios.py``, ``policy_layouts.py`` and ``policy_faults.py`` in this process, one of WORLD_SIZE;
 started by ``policy_spawn.py``, not by pytest.
 
-    policy_worker.py OUTPUT_DIR SCENARIO:PORT:PORT:PORT ...
+    policy_worker.py OUTPUT_DIR SCENARIO ...
 
 Each scenario starts and stops its own runtimes, each on a port of its own. What it returns goes to OUTPUT_DIR/SCENARIO.RANK.pt, a
 failure as its traceback.
@@ -27,11 +27,9 @@ def main() -> None:
     import policy_scenarios as scenarios
 
     output = Path(sys.argv[1])
-    for item in sys.argv[2:]:
-        name, *ports = item.split(":")
-        scenarios.PORTS[:] = ports
-        scenarios.next_port()
+    for name in sys.argv[2:]:
         try:
+            scenarios.meet_at(str(output / f"port.{os.environ['WORLD_SIZE']}.{name}."))
             [scenario] = [getattr(module, name) for module in (scenarios, policy_layouts, policy_faults) if hasattr(module, name)]
             found = {"result": scenario(output), "error": None}
         except Exception:
