@@ -79,8 +79,6 @@ def main(argv: list[str] | None = None) -> int:
         if found.check:
             return check(found.check, config, Options(assume=assume, judge_parameters=found.judge_parameters))
         rates = measured.read_rates(found.measured, config, scale=scale) if found.measured else None
-        if rates is not None and found.judge_parameters is None:
-            options["judge_parameters"] = 1e9  # times do not depend on it
         plan = make_plan(config, Options(**options, measured=rates, assume=assume))
         checks = {staleness: report.simulated(plan, staleness, found.simulate, found.seed) for staleness in (0, 1)} if found.simulate else {}
     except (ConfigError, PlanError) as error:

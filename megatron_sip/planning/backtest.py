@@ -56,6 +56,7 @@ def check(rates: Rates, records: Sequence[dict[str, float]], config: RunConfig, 
     """Predict the steps of ``records``, which ran with ``config``."""
     if not config.teacher.model:
         raise PlanError("the run asked no teacher: nothing to predict")
+    # Predicted times do not depend on the judge's size, so any will do where it is not known.
     options = replace(options, measured=rates, judge_parameters=options.judge_parameters or 1e9, rollout_gpus=None, judge_gpus=rates.judge_gpus)
     plan = make_plan(config, options)
     seconds = [record["time/step"] for record in records]

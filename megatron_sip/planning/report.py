@@ -78,7 +78,7 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
     config, work, options = plan.config, plan.work, plan.options
     rates = options.measured
     yield f"Plan of {config.run.name}: {plan.steps:,} steps of {work.pools} pairs, policy of {_count(plan.policy.total)} parameters"
-    if plan.judge is not None and rates is None:
+    if plan.judge is not None:
         active = f", {_count(plan.judge.active)} active" if plan.judge.active < plan.judge.total else ""
         yield f"judge of {_count(plan.judge.total)} parameters{active}"
     yield "Computed, not measured; built on the assumptions at the end." if rates is None else (
