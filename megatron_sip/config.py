@@ -188,7 +188,7 @@ class TeacherSection(Section):
     concurrency: int = Field(64, ge=1, description="Questions under way at once, per server; the data parallel ranks share it evenly (each has at least 1).")
     request_timeout: float = Field(60.0, gt=0, description="Seconds for one attempt at a question.")
     retries: int = Field(3, ge=0, description="Further attempts before a question counts as no answer.")
-    hedge_after: float = Field(0.95, ge=0, lt=1, description="Quantile of recent latencies after which a second server with room is asked the same; the first good answer counts. At most 5% of the questions; 0: never.")
+    hedge_after: float = Field(0.95, ge=0, lt=1, description="Quantile of recent latencies after which a second server with room is asked the same; the first good answer counts. At most one question in twenty; 0: never.")
     ready_timeout: float = Field(600.0, gt=0, description="Seconds until a server must answer a real question.")
     outage_timeout: float = Field(600.0, gt=0, description="Seconds without a single answer from the whole fleet after which the run saves and stops; until then questions wait.")
     judges: list[JudgeSection] = Field(default_factory=list, description="Scores that are added to rank a pool.")

@@ -318,16 +318,21 @@ async def _ask_httpx(urls: list[str], options: argparse.Namespace) -> tuple[floa
 
     import httpx
 
-    count, at_once = max(1, options.questions // 10), options.concurrency * len(urls)
+    count, at_once = max(1, options.questions // 10), asyncio.Semaphore(options.concurrency * len(urls))
+    limits = httpx.Limits(max_connections=options.concurrency * len(urls), max_keepalive_connections=options.concurrency * len(urls))
     body = {"model": "stub", "messages": [{"role": "user", "content": "word " * 400}], "max_tokens": 512}
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once), timeout=60, trust_env=False) as client:
-        async def ask(number: int) -> None:
-            (await client.post(urls[number % len(urls)] + "/chat/completions", json=body)).json()
+    client = httpx.AsyncClient(limits=limits, timeout=60, trust_env=False)
 
-        await asyncio.gather(*(ask(number) for number in range(at_once)))
-        started, cpu = time.perf_counter(), time.process_time()
-        await asyncio.gather(*(ask(number) for number in range(count)))
-        return count / (time.perf_counter() - started), (time.process_time() - cpu) / count
+    async def ask(number: int) -> None:
+        async with at_once:
+            (await client.post(urls[0] + "/chat/completions", json=body)).json()
+
+    await asyncio.gather(*(ask(number) for number in range(options.concurrency * len(urls))))
+    started, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(ask(number) for number in range(count)))
+    rate = count / (time.perf_counter() - started), (time.process_time() - cpu) / count
+    await client.aclose()
+    return rate
 
 
 _STUB = """

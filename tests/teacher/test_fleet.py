@@ -203,15 +203,18 @@ def test_the_slowest_are_hedged_within_the_budget_and_counted_once():
 
 
 def test_without_room_elsewhere_or_switched_off_nothing_is_hedged():
-    async def run(**settings):
+    async def run(room: bool, **settings):
         with serve(lambda path, body: Reply(generate(body).body, delay=0.15 if len(one.seen) % 20 == 0 else 0.0)) as one, \
                 serve(lambda path, body: generate(body)) as two:
             async with fleet_of(one.url, two.url, **settings) as fleet:
+                fleet.replicas[1].busy_until = 0.0 if room else time.monotonic() + 1000.0
                 for _ in range(10):
                     assert await ask(fleet, 20) == ["A"] * 20
                 return fleet.drain()["judge"]
 
-    assert "hedges" not in asyncio.run(run(hedge_after=0.0)).more
+    assert "hedges" not in asyncio.run(run(True, hedge_after=0.0)).more
+    assert "hedges" not in asyncio.run(run(False, hedge_after=0.8)).more
+    assert asyncio.run(run(True, hedge_after=0.8)).more["hedges"] >= 1
 
 
 def test_a_bad_answer_of_one_waits_for_the_other():
@@ -327,6 +330,17 @@ def test_tokens_of_the_usage_field_are_counted_and_nonsense_there_is_not():
                 return fleet.drain()["judge"].more
 
     assert asyncio.run(run()) == {"prompt_tokens": 15, "completion_tokens": 2, "cached_prompt_tokens": 8}
+
+
+def test_a_request_of_several_questions_counts_them_all():
+    async def run():
+        with serve(lambda path, body: Reply({}, 400)) as server:
+            async with fleet_of(server.url) as fleet:
+                await fleet.ask("judge", "/chat/completions", lambda replica: {"model": MODEL}, lambda data, replica: data, questions=3)
+                return fleet.drain()["judge"]
+
+    meter = asyncio.run(run())
+    assert meter.questions == 3 and meter.no_answer == 3 and meter.refused == 1
 
 
 def test_a_program_error_while_asking_gives_the_slot_back():
