@@ -6,6 +6,7 @@
     python tools/bench.py long-document --input TEXT.jsonl --tokenizer-model tokenizer.model
     python tools/bench.py pairs [--pairs 100000000]
     python tools/bench.py save --config CONFIG.yaml [section.key=value ...]
+    python tools/bench.py overlap --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py fleet [--replicas 4] [--concurrency 64]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
@@ -65,6 +66,14 @@ def main() -> int:
     found.add_argument("--latency", type=float, default=0.1, help="seconds of an answer")
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--without-httpx", action="store_true", help="leave out the slow peer")
+    found = commands.add_parser("overlap", parents=[common], help="steps an hour and waiting at train.staleness 0 and 1 against a client that waits for the whole step")
+    found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run with a quality judge; its teacher is replaced by stub servers")
+    found.add_argument("--latency", type=float, default=0.05, metavar="SECONDS", help="median of the stub's answers (default: %(default)s)")
+    found.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of latencies: 1 has a long tail (default: %(default)s)")
+    found.add_argument("--replicas", type=int, default=2, metavar="N")
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--steps", type=int, default=12)
+    found.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         numbers = COMMANDS[options.command](options, Path(scratch))
@@ -336,11 +345,14 @@ async def _ask_httpx(urls: list[str], options: argparse.Namespace) -> tuple[floa
 
 
 _STUB = """
-import asyncio, sys
+import asyncio, math, random, sys
+
+LATENCY, SIGMA = float(sys.argv[2]), float((*sys.argv, 0)[3])
 
 BODY = (b'{"id":"x","object":"chat.completion","created":1,"model":"stub","choices":[{"index":0,"message":{"role":"assistant","content":"A"},'
         b'"finish_reason":"stop"}],"usage":{"prompt_tokens":420,"total_tokens":422,"completion_tokens":2}}')
 ANSWER = b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(BODY) + BODY
+MODELS = b'HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: 24\\r\\n\\r\\n{"data":[{"id":"stub"}]}'
 
 class Stub(asyncio.Protocol):
     def connection_made(self, transport):
@@ -352,10 +364,14 @@ class Stub(asyncio.Protocol):
         if end < 4:
             return
         head = self.seen[:end].lower()
+        if head.startswith(b"get"):
+            self.seen = self.seen[end:]
+            self.transport.write(MODELS)
+            return
         size = end + int(head.split(b"content-length:")[1].split(b"\\r\\n")[0])
         if len(self.seen) >= size:
             self.seen = self.seen[size:]
-            asyncio.get_running_loop().call_later(float(sys.argv[2]), self.transport.write, ANSWER)
+            asyncio.get_running_loop().call_later(random.lognormvariate(math.log(LATENCY), SIGMA) if SIGMA else LATENCY, self.transport.write, ANSWER)
 
 async def main():
     servers = [await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", 0, backlog=1024) for _ in range(int(sys.argv[1]))]
@@ -363,6 +379,51 @@ async def main():
     await asyncio.Event().wait()
 
 asyncio.run(main())
+"""
+
+
+def overlap(options: argparse.Namespace, scratch: Path) -> dict:
+    """Three ways to train the same steps with the same stub judge, in alternation. The first two steps are left out: connections open, limits grow."""
+    numbers: dict[str, list[tuple[float, float]]] = {"synchronous": [], "staleness 0": [], "staleness 1": []}
+    stub = subprocess.Popen([sys.executable, "-c", _STUB, str(options.replicas), str(options.latency), str(options.sigma)], stdout=subprocess.PIPE, text=True)
+    try:
+        urls = ",".join(f"http://127.0.0.1:{port}/v1" for port in stub.stdout.readline().split())
+        for number in range(options.rounds):
+            for mode in numbers:
+                run = scratch / f"{number}-{mode.replace(' ', '-')}"
+                start = ["-c", _SYNCHRONOUS] if mode == "synchronous" else ["-m", "megatron_sip.train"]
+                timed([sys.executable, *start, "--config", options.config, *options.overrides, f"run.dir={run}", "log.wandb=disabled", "teacher.model=stub",
+                       f"teacher.urls=[{urls}]", f"train.staleness={int(mode == 'staleness 1')}", f"train.train_iters={options.steps}",
+                       "train.eval_interval=0", "checkpoint.interval=0", "pool.rollouts_start_step=0"])
+                steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
+                seconds = sum(step["time/step"] for step in steps)
+                numbers[mode].append((3600 * len(steps) / seconds, sum(step["time/wait_judge"] for step in steps) / seconds))
+    finally:
+        stub.kill()
+        stub.wait()
+    base = statistics.median(rate for rate, _ in numbers["synchronous"])
+    for mode, found in numbers.items():
+        rates, waits = ([pair[i] for pair in found] for i in (0, 1))
+        print(f"{mode:>11}: {statistics.median(rates):6.0f} steps an hour ({min(rates):.0f} - {max(rates):.0f}), {statistics.median(rates) / base:.2f} of "
+              f"synchronous; waits {statistics.median(waits):.1%} of the time ({min(waits):.1%} - {max(waits):.1%})")
+    return {"steps_an_hour_and_wait": numbers}
+
+
+_SYNCHRONOUS = """
+import sys
+from megatron_sip import train
+from megatron_sip.training.stream import StepStream
+
+take, StepStream.all_of_it = StepStream.take, None
+
+def whole_step_first(self, n):
+    if self.all_of_it is None:
+        self.all_of_it = take(self, len(self.pairs))
+    part, self.all_of_it = self.all_of_it[:n], self.all_of_it[n:]
+    return part
+
+StepStream.take = whole_step_first
+sys.exit(train.main(sys.argv[1:]))
 """
 
 
@@ -388,7 +449,7 @@ def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = 
     return time.perf_counter() - started
 
 
-COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs, "save": save, "fleet": fleet}
+COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "long-document": long_document, "pairs": pairs, "save": save, "fleet": fleet, "overlap": overlap}
 
 
 if __name__ == "__main__":
