@@ -73,6 +73,8 @@ def test_servers_join_and_leave_by_the_file_while_a_teacher_works(tmp_path, capl
             assert caplog.text.count("stay") == 1 and t.urls == [two.url] and "geheim" not in caplog.text
         file.unlink()
         until(lambda: "cannot be read" in caplog.text)
+        time.sleep(0.3)
+        assert caplog.text.count("cannot be read") == 1
         write(file, one.url)
         until(lambda: t.urls == [one.url])
         assert t.judge(pool_of("x")).result(20).criteria[0].values == (1.0,)
