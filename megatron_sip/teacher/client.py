@@ -33,7 +33,7 @@ from megatron_sip.teacher.server_load import ServerLoad
 
 T = TypeVar("T")
 
-_COUNTS = ("refusals", "hedges", "hedges_won", "prompt_tokens", "completion_tokens", "cached_prompt_tokens")
+_COUNTS = ("refusals", "lists_refused", "hedges", "hedges_won", "prompt_tokens", "completion_tokens", "cached_prompt_tokens")
 _log = logging.getLogger(__name__)
 
 

@@ -94,7 +94,7 @@ class Fleet:
     # -- asking ---------------------------------------------------------------------------------------------------
 
     async def ask(self, kind: str, path: str, body: Callable[[Replica], dict[str, Any]], read: Callable[[Any, Replica], T], *,
-                  questions: int = 1, unanswered: Callable[[], int] | None = None) -> T | None:
+                  questions: int = 1, unanswered: Callable[[], int] | None = None, counted: bool = False) -> T | None:
         """Ask until ``read`` accepts an answer; ``None`` after the last attempt.
 
         Args:
@@ -104,20 +104,22 @@ class Fleet:
             read: gets the decoded JSON; raises :class:`Unreadable` for nonsense.
             questions: how many the request holds.
             unanswered: how many of them have no answer yet, where ``read`` keeps some (default: all of them).
+            counted: the meter has these questions already, from a list that was refused.
 
         Raises:
-            Refused: a server refuses a request of several questions, of which each may be good by itself. They are not counted then.
+            Refused: a server refuses a request of several questions, of which each may be good by itself.
         """
         if self._waiting == 0:
             self._quiet_since = time.monotonic()
         self._waiting += 1
+        if not counted:
+            self._count(kind, questions=questions)
         try:
             return await self._attempt_all(kind, path, body, read, questions, unanswered or (lambda: questions))
         finally:
             self._waiting -= 1
 
     async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable, questions: int, unanswered: Callable[[], int]) -> Any:
-        self._count(kind, questions=questions)
         self._hedging.asked()
         attempt, tries, asked, replica = 0, 0, time.monotonic(), None
         while attempt < self._attempts:
@@ -133,7 +135,7 @@ class Fleet:
                 result = await self._hedged(kind, replica, path, body, read, questions)
             except Refused:
                 if questions > 1:
-                    self._count(kind, questions=-questions)
+                    self.note(kind, "lists_refused")
                     raise
                 break
             except Unreadable:
@@ -214,15 +216,17 @@ class Fleet:
             raise
         self._answered(replica, questions)
         self._hedging.took((kind, path), time.monotonic() - began)
+        self._count_usage(kind, answer.data)  # spent, whatever the answer is worth
         try:
             result = read(answer.data, replica)
         except Unreadable as error:
             self.note(kind, "fault/unreadable", error.answers)
             if error.wholly:
                 self._unreadable(replica, error)
+            else:
+                replica.unreadable_in_a_row = 0
             raise
         replica.unreadable_in_a_row = 0
-        self._count_usage(kind, answer.data)
         return result
 
     async def send(self, replica: Replica, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:

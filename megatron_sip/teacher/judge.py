@@ -174,11 +174,6 @@ async def ask_verdicts(fleet: Fleet, model: str, section: JudgeSection, question
     return await ask_all(fleet, CHATS, questions, request, read, size=fleet.list_size)
 
 
-async def ask_verdict(fleet: Fleet, model: str, section: JudgeSection, question: Question) -> Answer | None:
-    """One answer to one question."""
-    return (await ask_verdicts(fleet, model, section, [question]))[0]
-
-
 def verdict_request(model: str, section: JudgeSection, question: Question, dialect: str) -> dict[str, Any]:
     """Body of a chat completion that asks ``question`` in a server's dialect.
 

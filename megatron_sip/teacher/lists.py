@@ -50,10 +50,13 @@ async def ask_all(fleet: Fleet, form: Form, questions: Sequence[Q], request: Cal
     return [answer for some in found for answer in some]
 
 
+async def _ask_one(fleet: Fleet, form: Form, question: Q, request: Callable, read: Callable, *, counted: bool = False) -> T | None:
+    return await fleet.ask("judge", form.path, lambda replica: request(question, replica), lambda data, replica: read(data, replica, question), counted=counted)
+
+
 async def _ask_list(fleet: Fleet, form: Form, questions: Sequence[Q], request: Callable, read: Callable) -> list[T | None]:
     if len(questions) == 1:
-        question = questions[0]
-        return [await fleet.ask("judge", form.path, lambda replica: request(question, replica), lambda data, replica: read(data, replica, question))]
+        return [await _ask_one(fleet, form, questions[0], request, read)]
     answers: dict[int, T] = {}
     sent: dict[Replica, list[int]] = {}  # a hedged list is under way on two servers at once
 
@@ -80,7 +83,8 @@ async def _ask_list(fleet: Fleet, form: Form, questions: Sequence[Q], request: C
     try:
         await fleet.ask("judge", form.list_path, body, read_all, questions=len(questions), unanswered=lambda: len(missing()))
     except Refused:
-        return [one for question in questions for one in await _ask_list(fleet, form, [question], request, read)]
+        missed = missing()
+        answers |= zip(missed, await asyncio.gather(*(_ask_one(fleet, form, questions[i], request, read, counted=True) for i in missed)))
     return [answers.get(i) for i in range(len(questions))]
 
 

@@ -76,12 +76,18 @@ class Readiness:
         return problem
 
     async def _takes_lists(self, fleet: Fleet, replica: Replica) -> bool:
-        """Does it answer two conversations in one request? A server that does not is asked one by one."""
+        """Does it answer two conversations in one request? A server that does not is asked one by one.
+
+        Raises:
+            Fault, ValueError: a problem that may pass.
+        """
         for by_logprobs in {section.use_logprobs for section in self._judges if section.kind != "likelihood"}:
             body = logprob_request(self._model, PROBE, replica.dialect) if by_logprobs else verdict_request(
                 self._model, _PROBE_SECTION, _PROBE, replica.dialect)
             try:
                 status, data = await fleet.send(replica, "POST", CHATS.list_path, CHATS.merge([body, body]))
+                if status in (429, 503):
+                    raise ValueError(f"HTTP {status}: {data!s:.200}")
                 if status != 200:
                     return False
                 for one in CHATS.split(data, 2):
@@ -89,7 +95,11 @@ class Readiness:
                         read_logprobs(one, PROBE.choices)
                     else:
                         read_verdict(one, replica.dialect, _PROBE.choices, reasoning=False)
-            except (Fault, Unreadable):
+            except Unreadable:
+                return False
+            except Fault as fault:
+                if fault.connection:  # gone, which tells nothing of lists
+                    raise
                 return False
         return True
 

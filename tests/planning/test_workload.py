@@ -62,13 +62,13 @@ def test_steps_before_the_rollouts_ask_nothing_and_a_ramp_is_added_up() -> None:
 
 class Recorder:
     """Takes the place of a fleet: keeps the prompts and answers "A", "yes" or "none"."""
-    list_size = questions_per_request = 1
 
+    list_size = questions_per_request = 1
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
 
-    async def ask(self, kind, path, body, read):
+    async def ask(self, kind, path, body, read, **_):
         request = body(SimpleNamespace(dialect="choice"))
         self.prompts.append(request["messages"][0]["content"])
         return request["structured_outputs"]["choice"][0]

@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from megatron_sip.config import JudgeSection
+from megatron_sip.teacher.fleet import Fleet
+from megatron_sip.teacher.judge import ask_verdicts
+from megatron_sip.teacher.questions import Question
+
 MODEL = "scripted"
 
 
@@ -30,6 +35,10 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+async def ask_verdict(fleet: Fleet, model: str, section: JudgeSection, question: Question) -> Any:
+    return (await ask_verdicts(fleet, model, section, [question]))[0]
+
+
 def chat(content: Any) -> Reply:
     return Reply({"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]})
 
@@ -42,7 +51,8 @@ def models(*names: str) -> Reply:
 class Scripted:
     """``answer(path, body)`` is asked for each POST, from several threads; the answer to one may need its headers: ``headers`` has the last ones.
 
-    ``lists``: the path for lists of conversations is there. ``seen`` has the bodies, ``now`` and ``most`` the requests at once; ``stop()`` ends the server and breaks its connections."""
+    ``lists``: the path for lists of conversations is there. ``seen`` has the bodies, ``now`` and ``most`` the requests at once; ``stop()`` ends the
+    server and breaks its connections."""
 
     answer: Callable[[str, dict[str, Any]], Reply]
     served: Reply = field(default_factory=lambda: models(MODEL))

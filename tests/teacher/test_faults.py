@@ -6,13 +6,12 @@ import asyncio
 import time
 
 import pytest
-from scripted import MODEL, Reply, chat, serve
+from scripted import MODEL, Reply, ask_verdict, chat, serve
 
 from megatron_sip.config import JudgeSection
 from megatron_sip.teacher import fleet as fleet_module
 from megatron_sip.teacher import transport
 from megatron_sip.teacher.fleet import Fleet
-from megatron_sip.teacher.judge import ask_verdict
 from megatron_sip.teacher.questions import Question
 
 CAP = 1 << 20  # bytes

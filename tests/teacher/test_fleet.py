@@ -9,14 +9,13 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
-from scripted import MODEL, Reply, chat, serve
+from scripted import MODEL, Reply, ask_verdict, chat, serve
 
 from megatron_sip.config import JudgeSection
 from megatron_sip.teacher import fleet as fleet_module
 from megatron_sip.teacher import replica as replica_module
 from megatron_sip.teacher.fleet import Fleet
 from megatron_sip.teacher.hedging import SHARE, Hedging
-from megatron_sip.teacher.judge import ask_verdict
 from megatron_sip.teacher.questions import Question
 from megatron_sip.teacher.readiness import Readiness
 from megatron_sip.teacher.replica import Replica, retry_after

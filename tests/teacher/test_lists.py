@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import pytest
+from scripted import MODEL, Reply, chat, serve
 
 from megatron_sip.config import JudgeSection, TeacherSection
 from megatron_sip.pool import Candidate, PairId, Pool
@@ -14,7 +15,6 @@ from megatron_sip.teacher.fleet import Fleet
 from megatron_sip.teacher.judge import ask_verdicts
 from megatron_sip.teacher.likelihood import measure
 from megatron_sip.teacher.questions import Question
-from tests.teacher.scripted import MODEL, Reply, chat, serve
 
 SECTION = JudgeSection(kind="quality")
 LIST = "/v1/chat/completions/batch"
@@ -111,7 +111,7 @@ def test_a_refused_list_is_asked_one_by_one():
     with serve(answer, lists=True) as server:
         found, meter = ask(server.url, 8)
     assert found == [None if i == 3 else EXPECTED[i] for i in range(8)]
-    assert (meter.questions, meter.no_answer, meter.refused) == (8, 1, 1)
+    assert (meter.questions, meter.no_answer, meter.refused) == (8, 1, 1) and meter.more["lists_refused"] == 1
 
 
 def test_a_fault_costs_no_answer():
@@ -147,7 +147,7 @@ def test_questions_under_way_stay_within_concurrency():
 
 
 def test_a_hedged_list_counts_once():
-    """The slow server answers half of the list at last; the verdicts are those of the questions all the same, each once."""
+    """One server becomes slow and leaves half of its lists out. Whichever server's answers come in, each question has its own verdict, once."""
     slow = threading.Event()
 
     def crawl(path, body):
@@ -212,6 +212,38 @@ def test_pairs_of_prompts_come_in_lists():
 
 
 POOL = Pool(PairId("d", 0, 0), (1,), "prefix", tuple(Candidate("rollout", (1,), f" text {k}", index=k) for k in range(3)), " text 0")
+
+
+def test_a_server_that_is_busy_at_its_check_is_no_server_without_lists(tmp_path):
+    tries = []
+
+    def answer(path, body):
+        if path == LIST:
+            tries.append(path)
+            if len(tries) == 1:
+                return Reply({"error": "busy"}, 503)
+            return Reply({"choices": [choice(i, body["structured_outputs"]["choice"][0]) for i in range(len(body["messages"]))]})
+        return chat(body["structured_outputs"]["choice"][0])
+
+    with serve(answer, lists=True) as server:
+        teacher = Teacher(TeacherSection(model=MODEL, urls=[server.url], judges=[{"kind": "quality"}]), quorum=1.0, seed=0, run_dir=tmp_path)
+        teacher.wait_ready()
+        teacher.metrics()
+        teacher.judge(POOL).result(30)
+        requests = teacher.metrics()["judge/requests"]
+        teacher.close()
+    assert len(tries) == 3 and requests == 1
+
+
+def test_tokens_of_a_list_that_is_read_in_part_count():
+    def answer(path, body):
+        if path == LIST:
+            return Reply({"choices": [choice(0, "A"), choice(1, "C")], "usage": {"prompt_tokens": 10, "completion_tokens": 1}})
+        return Reply({})
+
+    with serve(answer, lists=True) as server:
+        found, meter = ask(server.url, 2, retries=0)
+    assert found == ["A", None] and meter.no_answer == 1 and meter.more["prompt_tokens"] == 10
 
 
 @pytest.mark.parametrize("lists", [True, False, "nonsense"])
