@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import statistics
@@ -20,7 +21,8 @@ MODES = {"nothing shared": (1, True), "rubric and prefix shared": (1, False), "t
 def judge(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     """Quality questions of pools of fresh text, both orders of all pairs, by log-probabilities. Each mode gets pools of its own, in alternation.
 
-    "Nothing shared" gives each question a ``cache_salt`` of its own, so that the server's prefix cache finds nothing.
+    "Nothing shared" gives each question a ``cache_salt`` of its own, so that the server's prefix cache finds nothing. The cached share is what the
+    server's /metrics say: its list endpoint names no cached tokens in ``usage``.
     """
     from megatron_sip.teacher.probes import Bigrams, passage, read_documents
 
@@ -61,7 +63,7 @@ def _server(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
         return
     with tempfile.TemporaryDirectory() as logs:
         servers = LocalServers(options.model, 1, log_dir=Path(logs), name="teacher",
-                               extra_args=["--dtype", options.dtype, "--max-model-len", "2048", "--enable-prompt-tokens-details"])
+                               extra_args=["--dtype", options.dtype, "--max-model-len", "2048"])
         try:
             servers.start()
             servers.wait_ready()
@@ -76,10 +78,11 @@ async def _ask(options: argparse.Namespace, url: str, key: str | None, pools: li
     from megatron_sip.teacher.lists import CHATS, ask_all
     from megatron_sip.teacher.logprobs import logprob_request, read_logprobs
     from megatron_sip.teacher.questions import CHOICES, Question, fill, load_template, make_fence
+    from megatron_sip.teacher.server_load import ServerLoad
 
     size, salted = MODES[mode]
     fleet = Fleet([url], key, concurrency=options.concurrency, request_timeout=600.0, retries=1, questions_per_request=size)
-    template = load_template("quality", None)
+    template, load = load_template("quality", None), ServerLoad(fleet)
 
     def request(question: Question, replica) -> dict:
         body = logprob_request(options.model, question, "choice")
@@ -93,11 +96,13 @@ async def _ask(options: argparse.Namespace, url: str, key: str | None, pools: li
             raise SystemExit(f"the server at {url} left {answers.count(None)} of {len(answers)} questions without an answer; does it serve {options.model}?")
         return len(answers)
 
-    began = time.perf_counter()
     try:
+        await load.look()
+        began = time.perf_counter()
         count = sum(await asyncio.gather(*(ask(*pool) for pool in pools)))
-    finally:
         seconds = time.perf_counter() - began
+        await load.look()
+    finally:
         await fleet.aclose()
-    more = fleet.drain()["judge"].more
-    return count / seconds, more.get("cached_prompt_tokens", 0.0) / more["prompt_tokens"], more["prompt_tokens"] / count
+    cached = dict(load.drain()).get("prefix_cache_hit_rate", math.nan)
+    return count / seconds, cached, fleet.drain()["judge"].more["prompt_tokens"] / count

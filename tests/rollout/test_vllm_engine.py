@@ -209,8 +209,29 @@ def test_bad_requests_are_refused_before_they_are_sent(engine):
         engine.generate([[1] * 100], 1, seeds=[0], max_tokens=29)
 
 
-def test_a_killed_server_is_a_clear_error_in_bounded_time(run, engine):
+def test_a_sync_that_stalls_ends_in_time_and_a_later_one_is_whole(run, engine):
+    """Frozen, as by a machine that swaps."""
+    impatient = run.engine(request_timeout=4.0)
+    workers = engine_processes(run.servers)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        with pytest.raises(RolloutError, match=r"did not answer /.* within . s \(rollout.request_timeout\)"):
+            impatient.sync(5)
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+        impatient.close()
+    assert time.monotonic() - began < 60
+    run.model = make_model(3)
     engine.sync(6)
+    written = engine.generate(PREFIXES, 1, seeds=[1, 2, 3], max_tokens=5)
+    assert largest_difference(run.model, PREFIXES, written) < 1e-4 and {r.weights_version for some in written for r in some} == {6}
+
+
+def test_a_killed_server_is_a_clear_error_in_bounded_time(run, engine):
+    engine.sync(7)
     for worker in engine_processes(run.servers):
         os.kill(worker, signal.SIGKILL)
     began = time.monotonic()
@@ -218,7 +239,7 @@ def test_a_killed_server_is_a_clear_error_in_bounded_time(run, engine):
         while True:  # the server notices within seconds; until then it may still answer
             engine.generate(PREFIXES, 2, seeds=[1, 2, 3], max_tokens=60)
     with pytest.raises(RuntimeError, match="rollout server"):
-        engine.sync(7)
+        engine.sync(8)
     assert time.monotonic() - began < 100
 
 
