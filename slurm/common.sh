@@ -93,7 +93,7 @@ hidden() {
     if [[ $name != *_FILE && $name =~ KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE && $name != TOKENIZER* ]]; then
         value="[hidden]"
     elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} || $value == *"BEGIN "*"PRIVATE KEY"* ||
-        ${value,,} =~ (bearer\ |[?&](key|token|sig)=) ]]; then
+        ${value,,} =~ (bearer\ |[?&]sig=|(key|token|secret|password|passwd)=) ]]; then
         value="[hidden]"
     fi
     printf '%s=%q\n' "$1" "$value"
@@ -136,9 +136,10 @@ record_end() { printf '%s %s %s\n' "$(date '+%F %T')" "${ATTEMPT##*/}" "$1" >>"$
 
 # write FILE TEXT: whole or not at all.
 write() {
-    printf '%s\n' "$2" >"$1.tmp"
-    sync "$1.tmp"
-    mv "$1.tmp" "$1"
+    local aside=$1.tmp-${SLURM_JOB_ID:-}
+    printf "%s\n" "$2" >"$aside"
+    sync "$aside"
+    mv "$aside" "$1"
 }
 
 # secret_file FILE: makes a random key, readable for this user alone.
@@ -156,6 +157,11 @@ secret_file() {
 catch_signals() {
     trap 'DRAIN="${DRAIN:-Slurm warned that time is up (SIGUSR1)}"' USR1
     trap 'ENDING="${ENDING:-SIGTERM: the job is cancelled, requeued by hand or out of time}"' TERM
+}
+
+# Slurm ends the steps of a preempted job with SIGTERM, and may say nothing to this script.
+notice_preemption() {
+    if scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -qE ' PreemptTime=[0-9]'; then DRAIN=${DRAIN:-the job is preempted}; fi
 }
 
 # A pause that signals end early enough.
@@ -267,4 +273,39 @@ job_ids() {
 
 ports() {
     ((PORT_BASE > 0)) || PORT_BASE=$((10000 + ${SLURM_JOB_ID:-0} % 200 * 100))
+}
+
+# Every node: sees the folder of the run and the files, imports what its role needs, has its GPUs, has its ports free.
+check_nodes() {
+    local node role code=0 index token plan=$ATTEMPT/plan missing=""
+    token=$(head -c 12 /dev/urandom | base64 | tr -d '+/=')
+    if [[ -z ${DRY_RUN:-} ]]; then
+        mkdir -p "$ATTEMPT/seen"
+        write "$ATTEMPT/token" "$token"
+        {
+            printf '%s %s\n' token_file "$ATTEMPT/token" token "$token" seen "$ATTEMPT/seen" files "$FILES"
+            for node in ${NODES[trainer]}; do
+                echo "node $node trainer $GPUS_PER_NODE$([[ $node != "${NODES[trainer]%% *}" ]] || echo " $PORT_BASE")"
+            done
+            for node in ${NODES[judge]}; do
+                printf 'node %s judge %s' "$node" "$JUDGE_GPUS_PER_NODE"
+                for index in "${!SERVER_NODE[@]}"; do [[ ${SERVER_NODE[index]} != "$node" ]] || printf ' %s' "${SERVER_PORT[index]}"; done
+                echo
+            done
+        } >"$plan.tmp"
+        write "$plan" "$(<"$plan.tmp")"
+    fi
+    for role in trainer judge; do
+        [[ -n ${NODES[$role]} ]] || continue
+        # shellcheck disable=SC2086 # a list
+        step check "$role" 1 ${NODES[$role]}
+        # shellcheck disable=SC2016 # the node's shell expands it
+        run timeout "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c '[[ -z $SITE ]] || source "$SITE"; exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' \
+            "$plan" || code=$?
+    done
+    [[ -z ${DRY_RUN:-} ]] || return 0
+    leave_if_told
+    for node in ${NODES[trainer]} ${NODES[judge]}; do [[ -f $ATTEMPT/seen/$node ]] || missing+=" $node"; done
+    [[ -z $missing ]] || fail "not fit:$missing (see above; code $code, 124 is no answer within CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend it or leave such nodes out (sbatch --exclude), then submit again"
+    say "all nodes see $RUN_DIR and the data, import what they need, have their GPUs and free ports"
 }

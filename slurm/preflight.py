@@ -110,8 +110,11 @@ def check_node(plan: NodePlan, node: str) -> None:
 
 def check_config(options: argparse.Namespace) -> None:
     """Raises ConfigError, Unfit."""
-    from megatron_sip.config import check_layout, load_config
-
+    try:
+        from megatron_sip.config import check_layout, load_config
+    except ImportError as error:
+        raise Unfit(f"{sys.executable} cannot import megatron_sip.config ({error}); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu), or "
+                    "set PYTHON") from None
     config = load_config(options.config, options.overrides)
     dp = check_layout(config, options.world_size)
     if not config.data.blend:

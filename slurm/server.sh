@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One vLLM server, a step of its own. Usage: server.sh READY_FILE URL GPUS FIRST_GPU COMMAND...
 #
-# READY_FILE appears, with the URL in it, when the server has generated a token, and goes when it ends. The key comes from KEY_FILE.
+# READY_FILE appears, with the URL in it, when the server has generated a token; when it ends, READY_FILE goes and READY_FILE.ended appears: an srun
+# whose slurmstepd was killed waits for ever. The key comes from KEY_FILE.
 # The server ends with everything it started when this script is told to stop, or when its slurmstepd is gone.
 set -uo pipefail
 
@@ -24,8 +25,7 @@ stop() {
     stopping=1
     kill -TERM "$keeper" 2>/dev/null
 }
-trap 'rm -f "$ready"' EXIT
-rm -f "$ready"
+trap 'rm -f "$ready" && : >"$ready.ended"' EXIT
 "$PYTHON" "$ROOT/megatron_sip/process_group.py" $$ "$@" &
 keeper=$!
 trap stop TERM INT

@@ -64,7 +64,7 @@ start_server() {
         run "${COMMAND[@]}"
         return
     fi
-    rm -f "${SERVER_READY[$1]}"
+    rm -f "${SERVER_READY[$1]}" "${SERVER_READY[$1]}.ended"
     "${COMMAND[@]}" >>"$ATTEMPT/${SERVER_NAME[$1]}.log" 2>&1 &
     SERVER_PID[$1]=$!
 }
@@ -78,11 +78,14 @@ tend_servers() {
                 say "${SERVER_NAME[index]}: starting again on ${SERVER_NODE[index]}"
                 start_server "$index"
             fi
-        elif ! kill -0 "${SERVER_PID[index]}" 2>/dev/null; then
+        elif ! kill -0 "${SERVER_PID[index]}" 2>/dev/null || [[ -f ${SERVER_READY[index]}.ended ]]; then
+            pause 1 # an srun that is about to end knows the code
+            kill -KILL "${SERVER_PID[index]}" 2>/dev/null || true
             code=0
             wait "${SERVER_PID[index]}" || code=$?
             rm -f "${SERVER_READY[index]}"
             SERVER_PID[index]=""
+            notice_preemption
             [[ -z $DRAIN$ENDING ]] || continue
             wait_for=$((JUDGE_BACKOFF << (SERVER_FAILED[index] < 5 ? SERVER_FAILED[index] : 5)))
             ((wait_for <= 120)) || wait_for=120

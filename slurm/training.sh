@@ -32,6 +32,7 @@ settings_of_training() {
     setting ROLLOUT_API_KEY_FILE "" maybe_file "file with the key of ROLLOUT_URLS"
     setting MAX_STARTS 6 positive "starts of the trainer without a new checkpoint after which the job ends for good"
     setting RESTARTS_IN_PLACE 2 count "of these, starts on the same nodes before the job is requeued"
+    setting STOP_PATIENCE 30 count "seconds that a stop waits for answers of the step under way (train.stop_patience); on preemption the judges end at once"
     setting RANK_GRACE 60 positive "seconds that the other ranks have to end by themselves when one has failed"
     settings_of_site
     ((GPUS_PER_NODE == 0 || RANKS_PER_NODE == GPUS_PER_NODE)) || fail "RANKS_PER_NODE=$RANKS_PER_NODE, but GPUS_PER_NODE=$GPUS_PER_NODE: one rank a GPU"
@@ -40,7 +41,6 @@ settings_of_training() {
     [[ $LOG_WANDB != online || -n ${WANDB_API_KEY:-} || -f ${NETRC:-$HOME/.netrc} ]] || fail "LOG_WANDB=online needs WANDB_API_KEY in the environment, or wandb login"
     CONFIG=$(absolute "$CONFIG") RUN_DIR=$(absolute "$RUN_DIR") INIT_FROM=$(absolute "$INIT_FROM") TOKENIZER_MODEL=$(absolute "$TOKENIZER_MODEL")
     [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG is no file on $(hostname)"
-    TRAINER_GPUS=$GPUS_PER_NODE
 }
 
 run_training() {
@@ -70,11 +70,11 @@ run_training() {
 # The trainer's command: TRAINER, and its settings alone: TRAINER_SETTINGS.
 compose_trainer() {
     local lines more=()
-    TRAINER_SETTINGS=("run.dir=$RUN_DIR" "log.wandb=$LOG_WANDB" "rollout.engine=in_process")
+    TRAINER_SETTINGS=("run.dir=$RUN_DIR" "log.wandb=$LOG_WANDB" "rollout.engine=in_process" "train.stop_patience=$STOP_PATIENCE")
     if [[ $BLEND == \[* ]]; then
         TRAINER_SETTINGS+=("data.blend=$BLEND")
     elif [[ -n $BLEND ]]; then
-        lines=$("$PYTHON" "$ROOT/slurm/preflight.py" blend "$(absolute "$BLEND")") || fail "see above"
+        lines=$("$PYTHON" "$ROOT/slurm/preflight.py" blend "$(absolute "$BLEND")") || fail "BLEND=$BLEND cannot be used, see above"
         mapfile -t more <<<"$lines"
         TRAINER_SETTINGS+=("${more[@]}")
     fi
@@ -117,55 +117,22 @@ check_config() {
     say "$((TRAINER_NODES * RANKS_PER_NODE)) ranks, $LAST_STEP steps"
 }
 
-# Every node: sees the folder of the run and the files, imports what its role needs, has its GPUs, has its ports free.
-check_nodes() {
-    local node role code=0 index token plan=$ATTEMPT/plan missing=""
-    token=$(head -c 12 /dev/urandom | base64 | tr -d '+/=')
-    if [[ -z ${DRY_RUN:-} ]]; then
-        mkdir -p "$ATTEMPT/seen"
-        write "$ATTEMPT/token" "$token"
-        {
-            printf '%s %s\n' token_file "$ATTEMPT/token" token "$token" seen "$ATTEMPT/seen" files "$FILES"
-            for node in ${NODES[trainer]}; do
-                echo "node $node trainer $TRAINER_GPUS$([[ $node != "${NODES[trainer]%% *}" ]] || echo " $PORT_BASE")"
-            done
-            for node in ${NODES[judge]}; do
-                printf 'node %s judge %s' "$node" "$JUDGE_GPUS_PER_NODE"
-                for index in "${!SERVER_NODE[@]}"; do [[ ${SERVER_NODE[index]} != "$node" ]] || printf ' %s' "${SERVER_PORT[index]}"; done
-                echo
-            done
-        } >"$plan.tmp"
-        write "$plan" "$(<"$plan.tmp")"
-    fi
-    for role in trainer judge; do
-        [[ -n ${NODES[$role]} ]] || continue
-        # shellcheck disable=SC2086 # a list
-        step check "$role" 1 ${NODES[$role]}
-        # shellcheck disable=SC2016 # the node's shell expands it
-        run timeout "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c '[[ -z $SITE ]] || source "$SITE"; exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' \
-            "$plan" || code=$?
-    done
-    [[ -z ${DRY_RUN:-} ]] || return 0
-    leave_if_told
-    for node in ${NODES[trainer]} ${NODES[judge]}; do [[ -f $ATTEMPT/seen/$node ]] || missing+=" $node"; done
-    [[ -z $missing ]] || fail "not fit:$missing (see above; code $code, 124 is no answer within CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend it or leave such nodes out (sbatch --exclude), then submit again"
-    say "all nodes see $RUN_DIR and the data, import what they need, have their GPUs and free ports"
-}
-
 # -- the trainer ----------------------------------------------------------------------------------------------------
 
 newest_step() {
     local found
-    found=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -type d -name 'iter_*' 2>/dev/null | sed -n 's/.*iter_0*\([0-9]\)/\1/p' | sort -n | tail -n 1)
+    found=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -type d -name 'iter_*' 2>/dev/null | sed -n 's/.*iter_0*\([0-9]\)/\1/p' | sort -n | tail -n 1 || true)
     echo "${found:-0}"
 }
 
 start_trainer() {
-    local from master
+    local from first master
     START=$((START + 1))
     TRAINER_LOG=$ATTEMPT/trainer-$START.log
     export CODES=$ATTEMPT/ranks-$START RANKS_PER_NODE MASTER_PORT=$PORT_BASE WANDB_RUN_ID TORCHDYNAMO_DISABLE
-    master=$(address "${NODES[trainer]%% *}")
+    # shellcheck disable=SC2153 # of common.sh
+    read -r first _ <<<"${NODES[trainer]}"
+    master=$(address "$first")
     export MASTER_ADDR=$master
     [[ $GPUS_PER_NODE != 0 ]] || TORCHDYNAMO_DISABLE=1
     # shellcheck disable=SC2086 # a list
@@ -202,7 +169,7 @@ count_start() {
 
 # Until all ranks have ended. RANK_CODES: how, one number a rank, "lost" for a rank that could not say.
 watch_trainer() {
-    local failed=0 rank world=$((TRAINER_NODES * RANKS_PER_NODE)) first_step=""
+    local failed=0 killed=0 over=0 rank world=$((TRAINER_NODES * RANKS_PER_NODE)) first_step=""
     while kill -0 "$TRAINER_PID" 2>/dev/null; do
         pause 1
         tend_servers
@@ -220,11 +187,15 @@ watch_trainer() {
         elif ((failed > 0 && SECONDS > failed + RANK_GRACE)); then
             say "a rank failed $RANK_GRACE s ago; ending the others"
             signal_step KILL trainer
-            failed=$SECONDS
+            failed=$SECONDS killed=$((killed + 1))
         fi
+        # An srun whose slurmstepd was killed waits for ever.
+        [[ $(find "$CODES" -name '*[0-9]' | wc -l) -lt $world ]] || over=$((over + 1))
+        ((killed < 2 && over < 15)) || kill -KILL "$TRAINER_PID" 2>/dev/null || true
     done
     SRUN_CODE=0
     wait "$TRAINER_PID" || SRUN_CODE=$?
+    notice_preemption
     RANK_CODES=()
     for ((rank = 0; rank < world; rank++)); do
         RANK_CODES+=("$(cat "$CODES/$rank" 2>/dev/null || echo lost)")
