@@ -67,7 +67,8 @@ settings_of_site() {
     setting CHECK_TIMEOUT 300 positive "seconds until every node must have answered the start-up check"
     setting REQUEUE 1 switch "0: leave with 85 instead of requeueing the job"
     # Inside a container this machine may lack PYTHON; the nodes are checked anyway.
-    [[ -n $SRUN_FLAGS || -x $PYTHON ]] || fail "PYTHON=$PYTHON is not there on $(hostname); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu)"
+    [[ -n $SRUN_FLAGS || -x $PYTHON ]] ||
+        fail "PYTHON=$PYTHON is not there on $(hostname); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu)"
     [[ -z $SITE ]] || SITE=$(absolute "$SITE")
     if [[ -n $SITE ]]; then
         # shellcheck disable=SC1090
@@ -92,7 +93,8 @@ hidden() {
     local name=${1^^} value=$2
     if [[ $name != *_FILE && $name =~ KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE && $name != TOKENIZER* ]]; then
         value="[hidden]"
-    elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} || $value == *"BEGIN "*"PRIVATE KEY"* ||
+    elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} ||
+        $value == *"BEGIN "*"PRIVATE KEY"* ||
         ${value,,} =~ (bearer\ |[?&]sig=|(key|token|secret|password|passwd)=) ]]; then
         value="[hidden]"
     fi
@@ -129,7 +131,7 @@ begin_attempt() {
     ln -sfn "${ATTEMPT##*/}" "$STATE/latest.tmp" && mv -T "$STATE/latest.tmp" "$STATE/latest"
     dump_environment >"$ATTEMPT/environment.txt"
     show_settings >"$ATTEMPT/settings.txt"
-    say "attempt $number of job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST; logs in $STATE/latest"
+    say "attempt $number of job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST; logs in $STATE/latest"
 }
 
 record_end() { printf '%s %s %s\n' "$(date '+%F %T')" "${ATTEMPT##*/}" "$1" >>"$STATE/attempts.txt"; }
@@ -193,7 +195,8 @@ requeue() {
         say "REQUEUE=0: leaving; submit the same script again to go on"
         exit 85
     fi
-    scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue $SLURM_JOB_ID was refused; was the job submitted with --requeue? Submit the same script again to go on"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        fail "scontrol requeue $SLURM_JOB_ID was refused; is requeueing allowed here? Submit the same script again"
     for _ in {1..60}; do pause 5; done # Slurm ends this script
     fail "requeued 5 minutes ago, and still running"
 }
@@ -218,9 +221,11 @@ assign_nodes() {
             shift 2
             ((count > 0)) || continue
             names=SLURM_JOB_NODELIST_HET_GROUP_$group
-            [[ -n ${!names:-} ]] || fail "the heterogeneous job has no component $group for ${role^^}_NODES=$count; give one component for each kind of node: trainer : judge : rollout"
+            [[ -n ${!names:-} ]] ||
+                fail "the heterogeneous job has no component $group for ${role^^}_NODES=$count; give one for each kind of node: trainer : judge"
             mapfile -t all < <(scontrol show hostnames "${!names}")
-            ((${#all[@]} == count)) || fail "component $group has ${#all[@]} nodes, but ${role^^}_NODES=$count; give it --nodes=$count or set ${role^^}_NODES"
+            ((${#all[@]} == count)) ||
+                fail "component $group has ${#all[@]} nodes, but ${role^^}_NODES=$count; give it --nodes=$count or set ${role^^}_NODES"
             NODES[$role]="${all[*]}" GROUP[$role]=$group
             group=$((group + 1))
         done
@@ -300,12 +305,13 @@ check_nodes() {
         # shellcheck disable=SC2086 # a list
         step check "$role" 1 ${NODES[$role]}
         # shellcheck disable=SC2016 # the node's shell expands it
-        run timeout "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c '[[ -z $SITE ]] || source "$SITE"; exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' \
-            "$plan" || code=$?
+        run timeout "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c \
+            '[[ -z $SITE ]] || source "$SITE"; exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' "$plan" || code=$?
     done
     [[ -z ${DRY_RUN:-} ]] || return 0
     leave_if_told
     for node in ${NODES[trainer]} ${NODES[judge]}; do [[ -f $ATTEMPT/seen/$node ]] || missing+=" $node"; done
-    [[ -z $missing ]] || fail "not fit:$missing (see above; code $code, 124 is no answer within CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend it or leave such nodes out (sbatch --exclude), then submit again"
-    say "all nodes see $RUN_DIR and the data, import what they need, have their GPUs and free ports"
+    [[ -z $missing ]] ||
+        fail "not fit:$missing (see above; code $code, 124: no answer in CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend or leave out: sbatch --exclude"
+    say "all nodes see ${STATE%/slurm} and the data, import what they need, have their GPUs and free ports"
 }

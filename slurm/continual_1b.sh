@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Continual pretraining of a 1.4 B model, 2,000 steps of online DPO against its frozen start. PRESET says what the judges look at.
 #
-#   PRESET=quality INIT_FROM=policy_init BLEND=tokens/slimpajama_blend.yaml TEACHER_MODEL=/models/judge RUN_DIR=/shared/runs/continual sbatch slurm/continual_1b.sh
+#   PRESET=quality INIT_FROM=policy_init BLEND=tokens/slimpajama_blend.yaml TEACHER_MODEL=/models/judge RUN_DIR=/shared/runs/quality \
+#       sbatch slurm/continual_1b.sh
 #
 # INIT_FROM is a folder of tools/export_hf.py --from-hf. DRY_RUN=1 bash slurm/continual_1b.sh prints what would run. Variables, sites,
 # messages: slurm/README.md

@@ -32,7 +32,7 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class NodePlan:
-    """What a node must offer: ROOT/attempt/plan.json, written by the batch script.
+    """What a node must offer, as the batch script wrote it into the folder of the attempt.
 
     Attributes:
         token_file, token: a file that the batch script wrote; its content proves that the file system is shared.
@@ -55,8 +55,9 @@ class NodePlan:
     def read(cls, path: Path, node: str) -> NodePlan:
         """``path`` has one line NAME VALUE of each, FILE lists files, ``node NAME ROLE GPUS PORT ...`` the nodes."""
         values: dict[str, str] = {}
-        for line in _until(lambda: path.read_text(encoding="utf-8"), f"{path} is not there: this node does not see the folder of the run. It must be on a "
-                           "file system that all nodes share").splitlines():
+        plan = _until(lambda: path.read_text(encoding="utf-8"),
+                      f"{path} is not there: this node does not see the folder of the run, which must be on a file system that all nodes share")
+        for line in plan.splitlines():
             key, _, value = line.partition(" ")
             if key != "node":
                 values[key] = value
@@ -71,18 +72,19 @@ class NodePlan:
 
 def check_node(plan: NodePlan, node: str) -> None:
     """Raises Unfit."""
-    found = _until(lambda: plan.token_file.read_text(encoding="utf-8").strip(), f"{plan.token_file} is not there: the folder of the run must be on a file "
-                   "system that all nodes share")
+    found = _until(lambda: plan.token_file.read_text(encoding="utf-8").strip(),
+                   f"{plan.token_file} is not there: the folder of the run must be on a file system that all nodes share")
     if found != plan.token:
-        raise Unfit(f"{plan.token_file} is another file than the one the batch script wrote: the folder of the run must be on a file system that all nodes "
-                    "share, not on a local disk of the same name")
+        raise Unfit(f"{plan.token_file} is another file than the one the batch script wrote: the folder of the run must be on a file system that all "
+                    "nodes share, not on a local disk of the same name")
     for port in plan.ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))
             except OSError as error:
-                raise Unfit(f"port {port} cannot be used ({error.strerror}): another program listens there; set PORT_BASE to the first of 100 free ports") from None
+                raise Unfit(f"port {port} cannot be used ({error.strerror}): another program listens there; set PORT_BASE to the first of 100 free "
+                            "ports") from None
     for path in plan.files:
         if not path.exists():
             raise Unfit(f"{path} is not there; put it on a file system that all nodes share")
@@ -101,8 +103,9 @@ def check_node(plan: NodePlan, node: str) -> None:
 
     visible = torch.cuda.device_count()
     if plan.gpus and visible != plan.gpus:
-        raise Unfit(f"{visible} GPUs are usable (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}), {plan.gpus} are expected; look "
-                    "at nvidia-smi there, at --gres of the job and at the CUDA version of torch, or change GPUS_PER_NODE")
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise Unfit(f"{visible} GPUs are usable (CUDA_VISIBLE_DEVICES={devices}), {plan.gpus} are expected; look at nvidia-smi there, "
+                    "at --gres of the job and at the CUDA version of torch, or change GPUS_PER_NODE")
     temporary = plan.seen / f".{node}"
     temporary.write_text(f"{plan.token}\n", encoding="utf-8")
     temporary.rename(plan.seen / node)
@@ -113,21 +116,22 @@ def check_config(options: argparse.Namespace) -> None:
     try:
         from megatron_sip.config import check_layout, load_config
     except ImportError as error:
-        raise Unfit(f"{sys.executable} cannot import megatron_sip.config ({error}); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu), or "
-                    "set PYTHON") from None
+        raise Unfit(f"{sys.executable} cannot import megatron_sip.config ({error}); install with: bash examples/install.sh cpu,data (or "
+                    "gpu,serve-gpu), or set PYTHON") from None
     config = load_config(options.config, options.overrides)
-    dp = check_layout(config, options.world_size)
+    check_layout(config, options.world_size)
     if not config.data.blend:
         raise Unfit("data.blend is empty; set BLEND to PREFIX_blend.yaml of tools/preprocess_data.py")
-    files = [Path(options.config), config.data.tokenizer_model, *(Path(f"{prefix}{end}") for _, prefix in config.data.blend for end in (".bin", ".idx"))]
+    files = [Path(options.config), config.data.tokenizer_model]
+    files += [Path(f"{prefix}{end}") for _, prefix in config.data.blend for end in (".bin", ".idx")]
     files += [path for path in (config.model.init_from, config.debug.load_pools and Path(f"{config.debug.load_pools}.dp0")) if path]
     missing = [path for path in files if not path.exists()]
     if missing:
-        raise Unfit(f"{', '.join(map(str, missing))} not there; tokenize with tools/preprocess_data.py, and set BLEND, TOKENIZER_MODEL (and INIT_FROM)")
+        raise Unfit(f"{', '.join(map(str, missing))} not there; tokenize with tools/preprocess_data.py, and set BLEND, TOKENIZER_MODEL (and "
+                    "INIT_FROM)")
     if options.files:
         options.files.write_text("".join(f"{path.absolute()}\n" for path in files), encoding="utf-8")
-    print(f"ASKS_TEACHER={int(config.asks_teacher)}\nLAST_STEP={config.train.train_iters}\nCHECKPOINT_INTERVAL={config.checkpoint.interval}\nDP={dp}\n"
-          f"NEEDS_ROLLOUT_SERVERS={int(bool(config.pool.rollouts) and config.rollout.engine == 'vllm' and not config.debug.replaying)}")
+    print(f"ASKS_TEACHER={int(config.asks_teacher)}\nLAST_STEP={config.train.train_iters}")
 
 
 def show_blend(path: Path) -> None:

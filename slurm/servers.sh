@@ -8,13 +8,14 @@ LISTED=
 settings_of_judges() {
     setting JUDGE_NODES "$1" count "nodes with judge servers; 0 with TEACHER_URLS or TEACHER_REPLICAS_FILE"
     setting JUDGE_GPUS_PER_NODE "$GPUS_PER_NODE" count "GPUS of a judge node; 0: on CPUs"
-    setting JUDGE_TENSOR_PARALLEL_SIZE "$((JUDGE_GPUS_PER_NODE > 0 ? JUDGE_GPUS_PER_NODE : 1))" positive "GPUS of one judge server; a node has as many servers as fit"
+    setting JUDGE_TENSOR_PARALLEL_SIZE "$((JUDGE_GPUS_PER_NODE > 0 ? JUDGE_GPUS_PER_NODE : 1))" positive \
+        "GPUs of one judge server; a node has as many servers as fit"
     setting JUDGE_FLAGS "--dtype auto --max-model-len 4096" text "more flags of vLLM for the judge servers"
     setting JUDGE_MIN_READY 1 positive "servers that must generate before the trainer starts"
     setting JUDGE_READY_TIMEOUT 1800 positive "seconds until so many must generate"
     setting JUDGE_BACKOFF 5 count "seconds before a server that ended is started again; doubled each time, at most 120"
     ((JUDGE_GPUS_PER_NODE == 0 || JUDGE_TENSOR_PARALLEL_SIZE <= JUDGE_GPUS_PER_NODE)) ||
-        fail "JUDGE_TENSOR_PARALLEL_SIZE=$JUDGE_TENSOR_PARALLEL_SIZE is more than JUDGE_GPUS_PER_NODE=$JUDGE_GPUS_PER_NODE: a server lives on one node"
+        fail "JUDGE_TENSOR_PARALLEL_SIZE=$JUDGE_TENSOR_PARALLEL_SIZE > JUDGE_GPUS_PER_NODE=$JUDGE_GPUS_PER_NODE: a server lives on one node"
     JUDGES_PER_NODE=$((JUDGE_GPUS_PER_NODE > 0 ? JUDGE_GPUS_PER_NODE / JUDGE_TENSOR_PARALLEL_SIZE : 1))
     ((JUDGES_PER_NODE <= 90)) || fail "JUDGES_PER_NODE=$JUDGES_PER_NODE: at most 90 servers a node have ports"
     ((JUDGE_NODES == 0 || JUDGE_MIN_READY <= JUDGE_NODES * JUDGES_PER_NODE)) ||
@@ -44,11 +45,12 @@ server_command() {
     [[ ${SERVER_URL[index]} != http://127.* ]] || host=127.0.0.1
     step "${SERVER_NAME[index]}" judge 1 "${SERVER_NODE[index]}"
     # shellcheck disable=SC2206 # several flags in one variable
-    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --open-mode=append --output="$ATTEMPT/${SERVER_NAME[index]}.log" bash "$ROOT/slurm/server.sh" "${SERVER_READY[index]}"
-        "${SERVER_URL[index]}" "$((JUDGE_GPUS_PER_NODE > 0 ? JUDGE_TENSOR_PARALLEL_SIZE : 0))" "$((SERVER_SLOT[index] * JUDGE_TENSOR_PARALLEL_SIZE))"
+    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --open-mode=append --output="$ATTEMPT/${SERVER_NAME[index]}.log"
+        bash "$ROOT/slurm/server.sh" "${SERVER_READY[index]}" "${SERVER_URL[index]}"
+        "$((JUDGE_GPUS_PER_NODE > 0 ? JUDGE_TENSOR_PARALLEL_SIZE : 0))" "$((SERVER_SLOT[index] * JUDGE_TENSOR_PARALLEL_SIZE))"
         "$PYTHON" -m megatron_sip.teacher.serve --model "$TEACHER_MODEL" --host "$host" --port "${SERVER_PORT[index]}"
-        --device "$([[ $JUDGE_GPUS_PER_NODE == 0 ]] && echo cpu || echo cuda)" --tensor-parallel-size "$JUDGE_TENSOR_PARALLEL_SIZE" --enable-prompt-tokens-details
-        $JUDGE_FLAGS)
+        --device "$([[ $JUDGE_GPUS_PER_NODE == 0 ]] && echo cpu || echo cuda)" --tensor-parallel-size "$JUDGE_TENSOR_PARALLEL_SIZE"
+        --enable-prompt-tokens-details $JUDGE_FLAGS)
 }
 
 start_servers() {
@@ -90,7 +92,7 @@ tend_servers() {
             wait_for=$((JUDGE_BACKOFF << (SERVER_FAILED[index] < 5 ? SERVER_FAILED[index] : 5)))
             ((wait_for <= 120)) || wait_for=120
             SERVER_DUE[index]=$((SECONDS + wait_for)) SERVER_FAILED[index]=$((SERVER_FAILED[index] + 1))
-            say "${SERVER_NAME[index]} on ${SERVER_NODE[index]} ended with code $code, see $ATTEMPT/${SERVER_NAME[index]}.log; starting it again in $wait_for s"
+            say "${SERVER_NAME[index]} on ${SERVER_NODE[index]} ended with code $code (its log: $ATTEMPT); starting it again in $wait_for s"
         elif [[ -f ${SERVER_READY[index]} ]]; then
             SERVER_FAILED[index]=0
             list+="${SERVER_URL[index]}"$'\n'
@@ -107,21 +109,32 @@ tend_servers() {
 
 # Returns when JUDGE_MIN_READY servers have generated.
 wait_for_servers() {
-    local deadline=$((SECONDS + JUDGE_READY_TIMEOUT)) count=0 index
+    local deadline=$((SECONDS + JUDGE_READY_TIMEOUT)) count=0 index hopeless
     ((${#SERVER_NAME[@]} > 0)) && [[ -z ${DRY_RUN:-} ]] || return 0
     while :; do
         leave_if_told
         tend_servers
         count=$(grep -c . <<<"$LISTED" || true)
         ((count < JUDGE_MIN_READY)) || return 0
-        if ((SECONDS > deadline)); then
-            for index in "${!SERVER_NAME[@]}"; do
-                [[ -f ${SERVER_READY[index]} ]] || tail -n 15 "$ATTEMPT/${SERVER_NAME[index]}.log" >&2 || true
-            done
-            fail "only $count of JUDGE_MIN_READY=$JUDGE_MIN_READY judge servers generate after JUDGE_READY_TIMEOUT=$JUDGE_READY_TIMEOUT s; the logs are in $ATTEMPT/judge-*.log"
-        fi
+        hopeless=1
+        for index in "${!SERVER_NAME[@]}"; do ((SERVER_FAILED[index] >= 3)) || hopeless=; done
+        [[ -z $hopeless ]] || no_judges "every judge server has ended three times before its first token"
+        ((SECONDS <= deadline)) ||
+            no_judges "only $count of JUDGE_MIN_READY=$JUDGE_MIN_READY judge servers generate after JUDGE_READY_TIMEOUT=$JUDGE_READY_TIMEOUT s"
         pause 1
     done
+}
+
+no_judges() {
+    local index
+    for index in "${!SERVER_NAME[@]}"; do
+        if [[ ! -f ${SERVER_READY[index]} ]]; then
+            say "${SERVER_NAME[index]} on ${SERVER_NODE[index]}, the end of its log:"
+            tail -n 15 "$ATTEMPT/${SERVER_NAME[index]}.log" >&2 || true
+            break
+        fi
+    done
+    fail "$1; the logs are in $ATTEMPT/judge-*.log. Usual causes: memory, JUDGE_FLAGS, JUDGE_TENSOR_PARALLEL_SIZE, the model's folder"
 }
 
 stop_servers() {

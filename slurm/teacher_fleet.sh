@@ -2,7 +2,8 @@
 # A fleet of judge servers of its own, which several runs share. Its servers stand in FLEET_FILE as long as they generate.
 #
 #   TEACHER_MODEL=/models/judge FLEET_FILE=/shared/fleet.txt sbatch slurm/teacher_fleet.sh
-#   TEACHER_REPLICAS_FILE=/shared/fleet.txt TEACHER_API_KEY_FILE=/shared/fleet.txt.key TEACHER_MODEL=/models/judge ... sbatch --nodes=8 slurm/scratch_1b.sh
+#   TEACHER_REPLICAS_FILE=/shared/fleet.txt TEACHER_API_KEY_FILE=/shared/fleet.txt.key TEACHER_MODEL=/models/judge \
+#       ... sbatch --nodes=8 slurm/scratch_1b.sh
 #
 # Several fleets of one model may share a FLEET_FILE: each keeps its own addresses in FLEET_FILE.d. When the job ends they are taken out; it
 # runs until it is cancelled. DRY_RUN=1 bash slurm/teacher_fleet.sh prints what would run.

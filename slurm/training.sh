@@ -32,13 +32,16 @@ settings_of_training() {
     setting ROLLOUT_API_KEY_FILE "" maybe_file "file with the key of ROLLOUT_URLS"
     setting MAX_STARTS 6 positive "starts of the trainer without a new checkpoint after which the job ends for good"
     setting RESTARTS_IN_PLACE 2 count "of these, starts on the same nodes before the job is requeued"
-    setting STOP_PATIENCE 30 count "seconds that a stop waits for answers of the step under way (train.stop_patience); on preemption the judges end at once"
+    setting STOP_PATIENCE 30 count "seconds that a stop waits for answers of its step (train.stop_patience); on preemption the judges end at once"
     setting RANK_GRACE 60 positive "seconds that the other ranks have to end by themselves when one has failed"
     settings_of_site
-    ((GPUS_PER_NODE == 0 || RANKS_PER_NODE == GPUS_PER_NODE)) || fail "RANKS_PER_NODE=$RANKS_PER_NODE, but GPUS_PER_NODE=$GPUS_PER_NODE: one rank a GPU"
+    ((GPUS_PER_NODE == 0 || RANKS_PER_NODE == GPUS_PER_NODE)) ||
+        fail "RANKS_PER_NODE=$RANKS_PER_NODE, but GPUS_PER_NODE=$GPUS_PER_NODE: one rank a GPU"
     [[ -z $TEACHER_URLS || -z $TEACHER_REPLICAS_FILE ]] || fail "TEACHER_URLS and TEACHER_REPLICAS_FILE both say where the servers are; unset one"
-    [[ -z $TEACHER_URLS$TEACHER_REPLICAS_FILE || $JUDGE_NODES == 0 ]] || fail "JUDGE_NODES=$JUDGE_NODES, but there is an external fleet; set JUDGE_NODES=0"
-    [[ $LOG_WANDB != online || -n ${WANDB_API_KEY:-} || -f ${NETRC:-$HOME/.netrc} ]] || fail "LOG_WANDB=online needs WANDB_API_KEY in the environment, or wandb login"
+    [[ -z $TEACHER_URLS$TEACHER_REPLICAS_FILE || $JUDGE_NODES == 0 ]] ||
+        fail "JUDGE_NODES=$JUDGE_NODES, but there is an external fleet; set JUDGE_NODES=0"
+    [[ $LOG_WANDB != online || -n ${WANDB_API_KEY:-} || -f ${NETRC:-$HOME/.netrc} ]] ||
+        fail "LOG_WANDB=online needs WANDB_API_KEY in the environment, or wandb login"
     CONFIG=$(absolute "$CONFIG") RUN_DIR=$(absolute "$RUN_DIR") INIT_FROM=$(absolute "$INIT_FROM") TOKENIZER_MODEL=$(absolute "$TOKENIZER_MODEL")
     [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG is no file on $(hostname)"
 }
@@ -105,14 +108,16 @@ check_config() {
     cd "$ROOT" || exit
     FILES=/dev/null
     [[ -n ${DRY_RUN:-} ]] || FILES=$ATTEMPT/files.txt
-    if ! facts=$("$PYTHON" "$ROOT/slurm/preflight.py" config --world-size $((TRAINER_NODES * RANKS_PER_NODE)) --files "$FILES" "$CONFIG" "${TRAINER_SETTINGS[@]}"); then
+    if ! facts=$("$PYTHON" "$ROOT/slurm/preflight.py" config --world-size $((TRAINER_NODES * RANKS_PER_NODE)) --files "$FILES" "$CONFIG" \
+        "${TRAINER_SETTINGS[@]}"); then
         fail "the configuration does not hold, see above; every key: $PYTHON -m megatron_sip.train --help"
     fi
     ASKS_TEACHER=$(sed -n 's/^ASKS_TEACHER=//p' <<<"$facts") LAST_STEP=$(sed -n 's/^LAST_STEP=//p' <<<"$facts")
     ((ASKS_TEACHER == 0 || JUDGE_NODES > 0)) || [[ -n $TEACHER_URLS$TEACHER_REPLICAS_FILE ]] ||
         fail "the run asks a teacher, but JUDGE_NODES=0 and neither TEACHER_URLS nor TEACHER_REPLICAS_FILE is set"
     ((ASKS_TEACHER == 1 || JUDGE_NODES == 0)) || fail "JUDGE_NODES=$JUDGE_NODES, but this configuration asks no teacher; set JUDGE_NODES=0"
-    ((JUDGE_NODES == 0)) || [[ -d $TEACHER_MODEL ]] || fail "TEACHER_MODEL=$TEACHER_MODEL is no folder on $(hostname); give the folder of the post-trained model"
+    ((JUDGE_NODES == 0)) || [[ -d $TEACHER_MODEL ]] ||
+        fail "TEACHER_MODEL=$TEACHER_MODEL is no folder on $(hostname); give the folder of the post-trained model"
     ((JUDGE_NODES == 0)) || [[ -n ${DRY_RUN:-} ]] || echo "$TEACHER_MODEL/config.json" >>"$FILES"
     say "$((TRAINER_NODES * RANKS_PER_NODE)) ranks, $LAST_STEP steps"
 }
@@ -121,7 +126,8 @@ check_config() {
 
 newest_step() {
     local found
-    found=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -type d -name 'iter_*' 2>/dev/null | sed -n 's/.*iter_0*\([0-9]\)/\1/p' | sort -n | tail -n 1 || true)
+    found=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -type d -name 'iter_*' 2>/dev/null |
+        sed -n 's/.*iter_0*\([0-9]\)/\1/p' | sort -n | tail -n 1 || true)
     echo "${found:-0}"
 }
 
@@ -163,7 +169,8 @@ count_start() {
     [[ ! -s $STATE/starts ]] || read -r before tries <"$STATE/starts"
     TRIES=1
     ((before != $1)) || TRIES=$((tries + 1))
-    ((TRIES <= MAX_STARTS)) || fail "MAX_STARTS=$MAX_STARTS starts from step $1 have brought no new checkpoint; read $STATE/attempt-*/trainer-*.log, remove the cause and $STATE/starts, submit again"
+    ((TRIES <= MAX_STARTS)) ||
+        fail "MAX_STARTS=$MAX_STARTS starts from step $1 have brought no new checkpoint; read $STATE/latest, remove the cause and $STATE/starts"
     write "$STATE/starts" "$1 $TRIES"
 }
 
@@ -178,7 +185,7 @@ watch_trainer() {
         fi
         if [[ -n $DRAIN && -z $DRAINED ]]; then
             phase drain "$DRAIN: the trainer saves its step"
-            signal_step TERM trainer
+            : >"$CODES/stop"
             DRAINED=1
         fi
         # One rank that failed leaves the others in a collective, or they are about to notice.

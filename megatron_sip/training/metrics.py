@@ -185,7 +185,10 @@ class MetricsWriter:
     def close(self) -> None:
         self._lines.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:  # Slurm ends a preempted step's helpers with it; what is saved is not undone by that
+                say(f"WARNING: wandb did not take the last metrics ({type(error).__name__}: {error}); {self._lines.path} has them all")
 
 
 def say(text: str) -> None:

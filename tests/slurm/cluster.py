@@ -115,13 +115,14 @@ class Cluster:
             "CredType=cred/munge", f"AuthInfo=socket={self._socket},cred_expire=10",  # a requeued job waits for that long
             f"StateSaveLocation={self.folder / 'state'}", f"SlurmdSpoolDir={self.folder / 'spool'}/%n", f"SlurmctldPidFile={self.folder / 'ctld.pid'}",
             f"SlurmdPidFile={self.folder}/%n.pid", f"SlurmctldLogFile={self.folder / 'log' / 'slurmctld'}", f"SlurmdLogFile={self.folder / 'log'}/%n",
-            "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
-            "SwitchType=switch/none", "MpiDefault=none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", "SlurmdParameters=config_overrides",
-            "SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1", "ReturnToService=2", "KillWait=5", "MinJobAge=3600", "InactiveLimit=0",
-            "GresTypes=gpu", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE", "SuspendProgram=/bin/true", "ResumeProgram=/bin/true",
-            "SuspendTime=INFINITE", "ResumeTimeout=60", "PrivateData=cloud",
+            "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none",
+            "AccountingStorageType=accounting_storage/none", "SwitchType=switch/none", "MpiDefault=none", "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core", "SlurmdParameters=config_overrides", "SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1", "ReturnToService=2",
+            "KillWait=5", "MinJobAge=3600", "InactiveLimit=0", "GresTypes=gpu", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
+            "SuspendProgram=/bin/true", "ResumeProgram=/bin/true", "SuspendTime=INFINITE", "ResumeTimeout=60", "PrivateData=cloud",
         ]
-        lines += [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} RealMemory=64000 Gres=gpu:h100:{self._gpus} State=UNKNOWN"
+        size = f"CPUs={self._cpus} RealMemory=64000 Gres=gpu:h100:{self._gpus}"
+        lines += [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size} State=UNKNOWN"
                   for name, port in zip(self._nodes, ports[1:])]
         lines.append(f"NodeName=c[0-{_FULL - 1}] CPUs=96 RealMemory=1000000 Gres=gpu:h100:8 State=CLOUD")
         nodes = ",".join(self._nodes)

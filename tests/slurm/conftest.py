@@ -43,5 +43,6 @@ def blend(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Pa
     folder = tmp_path_factory.mktemp("corpus")
     lines = (json.dumps({"text": text[:8000], "meta": {"redpajama_set_name": "code"}}) for text in standard_library(50))
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    preprocess(Settings((str(folder / "text.jsonl"),), str(folder / "d"), str(tokenizer_model), append_eod=True, split_by_subset=True), say=lambda line: None)
+    settings = Settings((str(folder / "text.jsonl"),), str(folder / "d"), str(tokenizer_model), append_eod=True, split_by_subset=True)
+    preprocess(settings, say=lambda line: None)
     return folder / "d_blend.yaml"

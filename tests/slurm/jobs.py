@@ -18,12 +18,13 @@ OVERRIDES = ("train.global_batch_size=4 train.micro_batch_size=2 train.eval_inte
 
 def environment(run: Path, blend: Path, overrides: str = "", **variables: str) -> dict[str, str]:
     """Variables of a training job: two trainer nodes of one rank each, on CPUs."""
-    return {"ROOT": str(REPOSITORY), "PYTHON": sys.executable, "CONFIG": "configs/tiny_cpu.yaml", "RUN_DIR": str(run), "BLEND": str(blend), "GPUS_PER_NODE": "0",
-            "TRAINER_NODES": "2", "OMP_NUM_THREADS": "1", "OVERRIDES": f"{OVERRIDES} {overrides}", **variables}
+    return {"ROOT": str(REPOSITORY), "PYTHON": sys.executable, "CONFIG": "configs/tiny_cpu.yaml", "RUN_DIR": str(run), "BLEND": str(blend),
+            "GPUS_PER_NODE": "0", "TRAINER_NODES": "2", "OMP_NUM_THREADS": "1", "OVERRIDES": f"{OVERRIDES} {overrides}", **variables}
 
 
 def submit(cluster: Cluster, script: str, output: Path, *arguments: str, **variables: str) -> str:
-    return cluster.command("sbatch", "--parsable", "--gres=none", f"--output={output}", *arguments, REPOSITORY / "slurm" / script, **variables).strip()
+    flags = ("--parsable", "--gres=none", f"--output={output}", *arguments)
+    return cluster.command("sbatch", *flags, REPOSITORY / "slurm" / script, **variables).strip()
 
 
 def trained(run: Path) -> int:
@@ -46,13 +47,15 @@ def until(condition, problem: str, seconds: float, log: Path) -> float:
 
 
 def processes(*parts: str, **variables: str) -> list[int]:
-    """Processes whose command line holds all ``parts`` and whose environment all ``variables``."""
+    """Processes, shells left out, whose command line holds all ``parts`` and whose environment all ``variables``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if not line.startswith(("/usr/bin/bash", "bash")) and all(part in line for part in parts) and (not variables or {f"{k}={v}".encode() for k, v in variables.items()} <= set(
-                    (folder / "environ").read_bytes().split(b"\0"))):
+            if line.startswith(("/usr/bin/bash", "bash")) or not all(part in line for part in parts):
+                continue
+            has = set((folder / "environ").read_bytes().split(b"\0")) if variables else set()
+            if {f"{name}={value}".encode() for name, value in variables.items()} <= has:
                 found.append(int(folder.name))
         except OSError:
             continue
