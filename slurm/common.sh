@@ -197,7 +197,10 @@ requeue() {
     fi
     scontrol requeue "$SLURM_JOB_ID" ||
         fail "scontrol requeue $SLURM_JOB_ID was refused; is requeueing allowed here? Submit the same script again"
-    for _ in {1..60}; do pause 5; done # Slurm ends this script
+    for _ in {1..300}; do # Slurm ends this script, after a SIGTERM
+        pause 1
+        [[ -z $ENDING ]] || exit 143
+    done
     fail "requeued 5 minutes ago, and still running"
 }
 
@@ -250,11 +253,13 @@ address() {
 
 # step NAME ROLE TASKS_PER_NODE NODE...: sets STEP to the srun that runs a command there. Steps share nodes and GPUs, whoever wants fewer takes fewer.
 step() {
-    local name=$1 role=$2 tasks=$3 nodes
+    local name=$1 role=$2 tasks=$3 nodes cpus
     shift 3
     nodes=$*
+    cpus=SLURM_JOB_CPUS_PER_NODE${GROUP[$role]:+_HET_GROUP_${GROUP[$role]}} # such as 96(x7),64
+    cpus=$(tr ',' '\n' <<<"${!cpus:-$tasks}" | sed 's/(.*//' | sort -n | head -n 1)
     STEP=(srun --job-name="$name" --nodes=$# --ntasks=$(($# * tasks)) --ntasks-per-node="$tasks" --nodelist="${nodes// /,}" --overlap --mem=0
-        --cpus-per-task=$(((${SLURM_CPUS_ON_NODE:-tasks} + tasks - 1) / tasks)) --input=none "${SRUN_MORE[@]}")
+        --cpus-per-task=$((cpus >= tasks ? cpus / tasks : 1)) --overcommit --input=none "${SRUN_MORE[@]}")
     [[ -z ${GROUP[$role]:-} ]] || STEP+=(--het-group="${GROUP[$role]}")
 }
 

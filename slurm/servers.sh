@@ -117,8 +117,8 @@ wait_for_servers() {
         count=$(grep -c . <<<"$LISTED" || true)
         ((count < JUDGE_MIN_READY)) || return 0
         hopeless=1
-        for index in "${!SERVER_NAME[@]}"; do ((SERVER_FAILED[index] >= 3)) || hopeless=; done
-        [[ -z $hopeless ]] || no_judges "every judge server has ended three times before its first token"
+        for index in "${!SERVER_NAME[@]}"; do ((SERVER_FAILED[index] >= 2)) || hopeless=; done
+        [[ -z $hopeless ]] || no_judges "every judge server has ended twice before its first token"
         ((SECONDS <= deadline)) ||
             no_judges "only $count of JUDGE_MIN_READY=$JUDGE_MIN_READY judge servers generate after JUDGE_READY_TIMEOUT=$JUDGE_READY_TIMEOUT s"
         pause 1

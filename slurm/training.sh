@@ -157,7 +157,7 @@ start_trainer() {
     fi
     from=$(newest_step)
     count_start "$from"
-    phase train "start $START of this attempt, from step $from of $LAST_STEP ($TRIES without a new checkpoint); see $TRAINER_LOG"
+    phase train "start $START of this attempt, from step $from of $LAST_STEP (number $TRIES from there); see $TRAINER_LOG"
     "${COMMAND[@]}" >>"$TRAINER_LOG" 2>&1 &
     TRAINER_PID=$!
     DRAINED=

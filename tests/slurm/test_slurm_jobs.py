@@ -62,7 +62,7 @@ def test_a_judge_that_never_generates_ends_a_heterogeneous_job_with_its_log(clus
                           REPOSITORY / "slurm" / "scratch_1b.sh", **variables).strip()
     until(lambda: output.exists() and set(cluster.states(job)) == {"FAILED"}, "the job did not end", 150, output)
     log = output.read_text()
-    assert "every judge server has ended three times before its first token" in log and "unrecognized arguments: --no-such-flag" in log, log
+    assert "every judge server has ended twice before its first token" in log and "unrecognized arguments: --no-such-flag" in log, log
     assert "all nodes see" in log and "starting it again in 0 s" in log and "start 1 of this attempt" not in log, log
 
 
@@ -82,7 +82,7 @@ def test_a_run_that_is_requeued_by_hand_and_loses_a_node_goes_on_and_is_cancelle
     cluster.command("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=test")
     until(lambda: "attempt 3 of job" in log.read_text(), "not requeued when a node was lost", 90, log)
     step = trained(run)
-    cluster.command("scontrol", "update", f"NodeName={lost}", "State=RESUME")
+    cluster.command("scontrol", "update", f"NodeName={lost}", "State=RESUME", check=False)  # it may have come back by itself
     until(lambda: trained(run) > step, "the run did not go on elsewhere", 120, log)
     assert "a trainer node does not answer any more" in log.read_text()
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_requeued_by_hand_and_loses_a_node_goes_on_and_is_cancelle
     assert "bad input, or servers that did not come up" in changed and "was saved with other settings" in changed, changed
 
     # A run against itself: exported once, every comparison a tie.
-    job = submit(cluster, "evaluate.sh", tmp_path / "evaluate", "--mem=4G", RUN=str(run), AGAINST=str(run), ROOT=str(REPOSITORY),
+    job = submit(cluster, "evaluate.sh", tmp_path / "evaluate", "--mem=4G", "--cpus-per-task=2", RUN=str(run), AGAINST=str(run), ROOT=str(REPOSITORY),
                  PYTHON=sys.executable, GPUS_PER_NODE="0", PAIRS="4", OMP_NUM_THREADS="2")
     cluster.wait(job, 200)
     text = (tmp_path / "evaluate").read_text()
@@ -111,7 +111,7 @@ def test_a_trainer_that_dies_at_every_start_is_not_started_for_ever(cluster, ble
         tmp_path / "run", blend, NTP, JUDGE_NODES="0", SITE=str(tmp_path / "site.sh"), MAX_STARTS="3", RESTARTS_IN_PLACE="1"))
     cluster.wait(job, 200, "FAILED")
     log = output.read_text()
-    assert re.findall(r"start (\d) of this attempt, from step 0 of \d+ \((\d) without", log) == [("1", "1"), ("2", "2"), ("1", "3")], log
+    assert re.findall(r"start (\d) of this attempt, from step 0 of \d+ \(number (\d) from there", log) == [("1", "1"), ("2", "2"), ("1", "3")], log
     assert "2 starts from one checkpoint on these nodes did not get on" in log
     assert "MAX_STARTS=3 starts from step 0 have brought no new checkpoint" in log
     assert (tmp_path / "run" / "slurm" / "attempts.txt").read_text().split("\n")[0].endswith("requeue")
