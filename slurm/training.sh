@@ -33,6 +33,7 @@ settings_of_training() {
     setting MAX_STARTS 6 positive "starts of the trainer without a new checkpoint after which the job ends for good"
     setting RESTARTS_IN_PLACE 2 count "of these, starts on the same nodes before the job is requeued"
     setting STOP_PATIENCE 30 count "seconds that a stop waits for answers of its step (train.stop_patience); on preemption the judges end at once"
+    setting DRAIN_TIMEOUT 480 positive "seconds that the trainer has to stop; with the judges' 30 s less than --signal gives"
     setting RANK_GRACE 60 positive "seconds that the other ranks have to end by themselves when one has failed"
     settings_of_site
     ((GPUS_PER_NODE == 0 || RANKS_PER_NODE == GPUS_PER_NODE)) ||
@@ -186,7 +187,11 @@ watch_trainer() {
         if [[ -n $DRAIN && -z $DRAINED ]]; then
             phase drain "$DRAIN: the trainer saves its step"
             : >"$CODES/stop"
-            DRAINED=1
+            DRAINED=$SECONDS
+        elif [[ -n $DRAINED ]] && ((SECONDS > DRAINED + DRAIN_TIMEOUT)); then
+            say "the trainer has not ended after DRAIN_TIMEOUT=$DRAIN_TIMEOUT s; ending it, the run goes on from its last checkpoint"
+            signal_step KILL trainer
+            DRAINED=$SECONDS killed=$((killed + 1))
         fi
         # One rank that failed leaves the others in a collective, or they are about to notice.
         if ((failed == 0)) && grep -qsvxE '0|85|86' "$CODES"/[0-9]*; then
