@@ -5,6 +5,7 @@
 PHASE=start
 ATTEMPT=   # RUN_DIR/slurm/attempt-NNN-JOBID once it exists
 DRAIN=     # why the run is to be saved and requeued
+PREEMPTED= # the job is preempted
 ENDING=    # somebody ends the job (scancel, scontrol requeue): nothing is restarted or requeued
 SETTINGS=()
 STATE=     # RUN_DIR/slurm, what attempts tell each other
@@ -163,7 +164,10 @@ catch_signals() {
 
 # Slurm ends the steps of a preempted job with SIGTERM, and may say nothing to this script.
 notice_preemption() {
-    if scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -qE ' PreemptTime=[0-9]'; then DRAIN=${DRAIN:-the job is preempted}; fi
+    if scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -qE ' PreemptTime=[0-9]'; then
+        PREEMPTED=1
+        DRAIN=${DRAIN:-the job is preempted}
+    fi
 }
 
 # A pause that signals end early enough.
@@ -171,9 +175,28 @@ pause() { sleep "$1" || true; }
 
 job_state() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n '1s/.*JobState=\([A-Z_]*\).*/\1/p'; }
 
+# Before the trainer runs, or servers serve.
 leave_if_told() {
     [[ -z $ENDING ]] || leave "$ENDING"
-    [[ -z $DRAIN ]] || requeue "$DRAIN"
+    [[ -z $DRAIN ]] && return
+    notice_preemption
+    [[ -z $PREEMPTED ]] || requeue "$DRAIN"
+    again_or_fail early "$DRAIN before anything was ready: the time limit is too short"
+}
+
+# again_or_fail NAME WHY: requeues, but after the third time in a row (until `rm $STATE/again-NAME`) it fails.
+again_or_fail() {
+    local count
+    count=$(($(cat "$STATE/again-$1" 2>/dev/null || echo 0) + 1))
+    ((count <= 3)) || fail "$2 (the fourth time in a row)"
+    write "$STATE/again-$1" "$count"
+    requeue "$2"
+}
+
+# give_up NAME WHY: in the first attempt of a job it is a mistake, in a later one it may be the nodes.
+give_up() {
+    ((${SLURM_RESTART_COUNT:-0} > 0)) || fail "$2"
+    again_or_fail "$1" "$2"
 }
 
 leave() {
@@ -251,7 +274,7 @@ address() {
     echo "${found:-$1}"
 }
 
-# step NAME ROLE TASKS_PER_NODE NODE...: sets STEP to the srun that runs a command there. Steps share nodes and GPUs, whoever wants fewer takes fewer.
+# step NAME ROLE TASKS_PER_NODE NODE...: sets STEP to the srun that runs a command there. Steps share nodes and GPUs.
 step() {
     local name=$1 role=$2 tasks=$3 nodes cpus
     shift 3
@@ -317,6 +340,7 @@ check_nodes() {
     leave_if_told
     for node in ${NODES[trainer]} ${NODES[judge]}; do [[ -f $ATTEMPT/seen/$node ]] || missing+=" $node"; done
     [[ -z $missing ]] ||
-        fail "not fit:$missing (see above; code $code, 124: no answer in CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend or leave out: sbatch --exclude"
+        give_up nodes "not fit:$missing (see above; code $code, 124: no answer in CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend or leave out: sbatch --exclude"
+    rm -f "$STATE/again-nodes"
     say "all nodes see ${STATE%/slurm} and the data, import what they need, have their GPUs and free ports"
 }

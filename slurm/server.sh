@@ -33,10 +33,17 @@ trap : USR1
 
 watch=
 [[ ! -d /proc/$PPID ]] || watch=1
+missed=0 next=0 # a server that has generated is asked again every minute
 while kill -0 "$keeper" 2>/dev/null; do
-    if [[ -z $stopping && ! -f $ready ]] && "$PYTHON" "$ROOT/slurm/preflight.py" generates "$url" "$MODEL" 2>/dev/null; then
-        echo "$url" >"$ready.tmp" && mv "$ready.tmp" "$ready"
-        echo "[$(date '+%F %T')] $url generates"
+    if [[ -z $stopping ]] && ((SECONDS >= next)); then
+        if "$PYTHON" "$ROOT/slurm/preflight.py" generates "$url" "$MODEL" 2>/dev/null; then
+            [[ -f $ready ]] || echo "[$(date '+%F %T')] $url generates"
+            echo "$url" >"$ready.tmp" && mv "$ready.tmp" "$ready"
+            missed=0 next=$((SECONDS + 60))
+        elif [[ -f $ready ]] && ((++missed >= 5)); then
+            echo "[$(date '+%F %T')] $url has not generated $missed times in a row; ending it"
+            stop
+        fi
     fi
     [[ -z $watch || -d /proc/$PPID || -n $stopping ]] || stop
     sleep 1

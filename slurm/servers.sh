@@ -115,7 +115,10 @@ wait_for_servers() {
         leave_if_told
         tend_servers
         count=$(grep -c . <<<"$LISTED" || true)
-        ((count < JUDGE_MIN_READY)) || return 0
+        if ((count >= JUDGE_MIN_READY)); then
+            rm -f "$STATE/again-judges"
+            return 0
+        fi
         hopeless=1
         for index in "${!SERVER_NAME[@]}"; do ((SERVER_FAILED[index] >= 2)) || hopeless=; done
         [[ -z $hopeless ]] || no_judges "every judge server has ended twice before its first token"
@@ -134,7 +137,32 @@ no_judges() {
             break
         fi
     done
-    fail "$1; the logs are in $ATTEMPT/judge-*.log. Usual causes: memory, JUDGE_FLAGS, JUDGE_TENSOR_PARALLEL_SIZE, the model's folder"
+    give_up judges "$1; the logs are in $ATTEMPT/judge-*.log. Usual causes: memory, JUDGE_FLAGS, JUDGE_TENSOR_PARALLEL_SIZE, the model's folder"
+}
+
+# Returns when a server of an external fleet has generated.
+wait_for_fleet() {
+    local deadline=$((SECONDS + JUDGE_READY_TIMEOUT)) url key=${SIP_TEACHER_API_KEY:-} problem="" told="" urls=$TEACHER_URLS
+    [[ -z ${DRY_RUN:-} && -n $TEACHER_URLS$TEACHER_REPLICAS_FILE ]] || return 0
+    [[ -z $TEACHER_API_KEY_FILE ]] || key=$(<"$TEACHER_API_KEY_FILE")
+    phase judges "looking for a server of the external fleet that generates"
+    while :; do
+        leave_if_told
+        [[ -z $TEACHER_REPLICAS_FILE ]] || urls=$(sed 's/#.*//; s/^ *- *//' "$TEACHER_REPLICAS_FILE")
+        problem="error: $TEACHER_REPLICAS_FILE lists no server"
+        for url in $urls; do
+            if problem=$(SIP_TEACHER_API_KEY=$key "$PYTHON" "$ROOT/slurm/preflight.py" generates "$url" "$TEACHER_MODEL" 2>&1); then
+                say "$url generates"
+                rm -f "$STATE/again-judges"
+                return 0
+            fi
+        done
+        [[ $problem == "$told" ]] || say "not yet: ${problem#error: }"
+        told=$problem
+        ((SECONDS <= deadline)) ||
+            give_up judges "no server of the external fleet generates after JUDGE_READY_TIMEOUT=$JUDGE_READY_TIMEOUT s: ${problem#error: }"
+        pause 5
+    done
 }
 
 stop_servers() {

@@ -74,9 +74,11 @@ main() {
     start_servers
     [[ -z ${DRY_RUN:-} ]] || return 0
     wait_for_servers
+    rm -f "$STATE/again-early"
     phase serve "give runs TEACHER_REPLICAS_FILE=$FLEET_FILE TEACHER_API_KEY_FILE=$FLEET_FILE.key TEACHER_MODEL=$TEACHER_MODEL"
     while :; do
-        leave_if_told
+        [[ -z $ENDING ]] || leave "$ENDING"
+        [[ -z $DRAIN ]] || requeue "$DRAIN"
         tend_servers
         [[ -n $LISTED ]] || rm -f "$REPLICAS_FILE"
         publish

@@ -66,6 +66,7 @@ run_training() {
     check_nodes
     start_servers
     wait_for_servers
+    wait_for_fleet
     train
 }
 
@@ -133,7 +134,7 @@ newest_step() {
 }
 
 start_trainer() {
-    local from first master
+    local first master
     START=$((START + 1))
     TRAINER_LOG=$ATTEMPT/trainer-$START.log
     export CODES=$ATTEMPT/ranks-$START RANKS_PER_NODE MASTER_PORT=$PORT_BASE WANDB_RUN_ID TORCHDYNAMO_DISABLE
@@ -156,9 +157,10 @@ start_trainer() {
         WANDB_RUN_ID=$(head -c 8 /dev/urandom | od -An -tx1 | tr -d ' \n')
         write "$STATE/wandb_run_id" "$WANDB_RUN_ID"
     fi
-    from=$(newest_step)
-    count_start "$from"
-    phase train "start $START of this attempt, from step $from of $LAST_STEP (number $TRIES from there); see $TRAINER_LOG"
+    FROM=$(newest_step)
+    count_start "$FROM"
+    rm -f "$STATE/again-early"
+    phase train "start $START of this attempt, from step $FROM of $LAST_STEP (number $TRIES from there); see $TRAINER_LOG"
     "${COMMAND[@]}" >>"$TRAINER_LOG" 2>&1 &
     TRAINER_PID=$!
     DRAINED=
@@ -243,13 +245,14 @@ train() {
         summary=$(printf '%s\n' "${RANK_CODES[@]}" | sort | uniq -c | awk '{printf "%s%s x %s", (NR > 1 ? ", " : ""), $1, $2}')
         phase ended "$OUTCOME at step $(newest_step) of $LAST_STEP (exit codes of the ranks: $summary; srun: $SRUN_CODE)"
         [[ $OUTCOME == "all done" || $OUTCOME == saved ]] || tail -n 15 "$TRAINER_LOG" | sed 's/^/    /'
-        case $OUTCOME in
-        "all done") finish ;;
-        "bad input") fail "bad input, or servers that did not come up: the same would happen again, so nothing is requeued. See $TRAINER_LOG" ;;
-        esac
+        [[ $OUTCOME != "all done" ]] || finish
+        # Later in a job its settings are what they were: then it may be a server or a file system.
+        [[ $OUTCOME != "bad input" || $START -gt 1 || ${SLURM_RESTART_COUNT:-0} -gt 0 ]] ||
+            fail "bad input, or servers that did not come up: the same would happen again, so nothing is requeued. See $TRAINER_LOG"
         [[ -z $ENDING ]] || leave "$ENDING"
         if [[ $OUTCOME == saved || -n $DRAIN ]]; then
-            write "$STATE/starts" "$(newest_step) 0" # no fault of the trainer
+            # No fault of the trainer, unless the time limit leaves no room for a step.
+            [[ -z $PREEMPTED && -n $DRAIN && $(newest_step) == "$FROM" ]] || write "$STATE/starts" "$(newest_step) 0"
             requeue "${DRAIN:-the trainer was told to stop (preemption) and has saved}"
         fi
         recover
@@ -264,6 +267,7 @@ recover() {
     nodes_answer || requeue "a trainer node does not answer any more"
     phase recover "starting again on the same nodes"
     wait_for_servers
+    wait_for_fleet
     leave_if_told
 }
 

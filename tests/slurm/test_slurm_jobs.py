@@ -49,6 +49,13 @@ def test_a_port_that_is_taken_is_named(cluster, blend, tmp_path):
     assert f"port {port} cannot be used (Address already in use): another program listens there; set PORT_BASE" in log, log
 
 
+def test_an_external_fleet_that_does_not_answer_is_told_before_the_trainer_starts(cluster, blend, tmp_path):
+    log = refused(cluster, tmp_path / "log", "--nodes=2", **environment(
+        tmp_path / "run", blend, JUDGE_NODES="0", TEACHER_URLS="http://127.0.0.1:9/v1", TEACHER_MODEL="judge", JUDGE_READY_TIMEOUT="1"))
+    assert "no server of the external fleet generates after JUDGE_READY_TIMEOUT=1 s: http://127.0.0.1:9/v1 does not answer (ConnectError)" in log, log
+    assert "start 1 of this attempt" not in log
+
+
 def test_the_number_of_nodes_must_be_the_sum(cluster, blend, teacher_model, tmp_path):
     log = refused(cluster, tmp_path / "log", "--nodes=2", **environment(tmp_path / "run", blend, JUDGE_NODES="1", TEACHER_MODEL=str(teacher_model)))
     assert "the job has 2 nodes, but trainer 2 judge 1 need 3; submit with --nodes=3" in log, log
