@@ -66,6 +66,8 @@ settings_of_site() {
     setting SRUN_FLAGS "" text "more flags of every srun, e.g. --container-image=... --container-mounts=..."
     setting PORT_BASE 0 count "first of 100 ports; 0: by the job's number, from 10000 to 29900"
     setting CHECK_TIMEOUT 300 positive "seconds until every node must have answered the start-up check"
+    setting GUARD 1 switch "1: a small waiting job requeues this one when its first node dies; with REQUEUE=0 there is none"
+    setting GUARD_FLAGS "" text "flags of sbatch for that job, e.g. --partition=small"
     setting REQUEUE 1 switch "0: leave with 85 instead of requeueing the job"
     # Inside a container this machine may lack PYTHON; the nodes are checked anyway.
     [[ -n $SRUN_FLAGS || -x $PYTHON ]] ||
@@ -135,7 +137,26 @@ begin_attempt() {
     say "attempt $number of job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST; logs in $STATE/latest"
 }
 
-record_end() { printf '%s %s %s\n' "$(date '+%F %T')" "${ATTEMPT##*/}" "$1" >>"$STATE/attempts.txt"; }
+# How the attempt ended; only after a requeue a guard is needed on.
+record_end() {
+    printf '%s %s %s\n' "$(date '+%F %T')" "${ATTEMPT##*/}" "$1" >>"$STATE/attempts.txt"
+    [[ $1 == requeue || ! -s $STATE/guard ]] || scancel "$(<"$STATE/guard")" 2>/dev/null || true
+}
+
+# A job of its own that requeues this one when the node of this script dies. Without it (GUARD=0, or refused) such a job ends.
+start_guard() {
+    local id
+    [[ $GUARD == 1 && $REQUEUE == 1 && -z ${DRY_RUN:-} ]] || return 0
+    id=$(cat "$STATE/guard" 2>/dev/null || true)
+    [[ -z $id || -z $(squeue -h -j "$id" -t PENDING -o %i 2>/dev/null) ]] || return 0
+    # shellcheck disable=SC2086 # several flags in one variable
+    if id=$(sbatch --parsable --job-name="${SLURM_JOB_NAME:-job}-guard" --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes \
+        --output="$STATE/guard.log" $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
+        write "$STATE/guard" "${id%%;*}"
+    else
+        say "warning: the job that requeues this one if $(hostname) dies was refused; set GUARD_FLAGS (partition, account), or GUARD=0"
+    fi
+}
 
 # write FILE TEXT: whole or not at all.
 write() {
@@ -340,7 +361,7 @@ check_nodes() {
     leave_if_told
     for node in ${NODES[trainer]} ${NODES[judge]}; do [[ -f $ATTEMPT/seen/$node ]] || missing+=" $node"; done
     [[ -z $missing ]] ||
-        give_up nodes "not fit:$missing (see above; code $code, 124: no answer in CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend or leave out: sbatch --exclude"
+        give_up nodes "not fit:$missing (see above; code $code, 124: no answer in CHECK_TIMEOUT=$CHECK_TIMEOUT s). Mend, or sbatch --exclude"
     rm -f "$STATE/again-nodes"
     say "all nodes see ${STATE%/slurm} and the data, import what they need, have their GPUs and free ports"
 }

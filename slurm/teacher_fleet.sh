@@ -70,6 +70,7 @@ main() {
         trap withdraw EXIT
         publish
     fi
+    start_guard
     check_nodes
     start_servers
     [[ -z ${DRY_RUN:-} ]] || return 0

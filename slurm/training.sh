@@ -8,6 +8,7 @@
 #   latest              the newest of them
 #   attempts.txt        how each ended
 #   starts              checkpoint from which the trainer started last, and how often it did without a newer one
+#   guard, guard.log    the small job that requeues this one when the node of its script dies
 #   judges.txt          servers that generate (teacher.replicas_file); judge.key their key
 
 settings_of_training() {
@@ -63,6 +64,7 @@ run_training() {
         record_end "done"
         exit 0
     fi
+    start_guard
     check_nodes
     start_servers
     wait_for_servers
