@@ -8,6 +8,8 @@
     python tools/bench.py save --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py overlap --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py fleet [--replicas 4] [--concurrency 64]
+    python tools/bench.py judge --input TEXT.jsonl --model TEACHER_DIR
+    python tools/bench.py beside --config CONFIG.yaml [--rate 400] [section.key=value ...]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
 """
@@ -33,6 +35,8 @@ COMMANDS = {
     "pairs": ("pairs", "pairs"),
     "save": ("checkpoint", "save"),
     "fleet": ("fleet", "fleet"),
+    "beside": ("fleet", "beside"),
+    "judge": ("judge", "judge"),
     "overlap": ("overlap", "overlap"),
 }
 
@@ -69,7 +73,28 @@ def main() -> int:
     found.add_argument("--concurrency", type=int, default=64, help="requests under way at once, per replica")
     found.add_argument("--latency", type=float, default=0.1, help="seconds of an answer")
     found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--questions-per-request", type=int, default=16, help="of the lists")
     found.add_argument("--without-httpx", action="store_true", help="leave out the slow peer")
+    found = commands.add_parser("judge", parents=[common], help="questions a second of a real vLLM server, with and without shared prefixes, singly and in lists")
+    found.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL with a text field")
+    found.add_argument("--model", required=True, help="the judge's folder, or the name under which --url serves it")
+    found.add_argument("--url", help="a running vLLM server (its key in $SIP_TEACHER_API_KEY); default: one of our own")
+    found.add_argument("--dtype", default="float32", help="of our own server")
+    found.add_argument("--pools", type=int, default=3, help="a round")
+    found.add_argument("--candidates", type=int, default=4)
+    found.add_argument("--words", type=int, default=90, help="of a prefix and of a candidate")
+    found.add_argument("--concurrency", type=int, default=16)
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--seed", type=int, default=0)
+    found = commands.add_parser("beside", parents=[common], help="how much a training step slows while its process asks questions at a rate")
+    found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run that needs no teacher, e.g. configs/tiny_cpu_ntp.yaml")
+    found.add_argument("--rate", type=float, default=400.0, help="questions a second (default: %(default)s)")
+    found.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s; client and stub servers have the other cores)")
+    found.add_argument("--latency", type=float, default=0.1, metavar="SECONDS", help="of an answer")
+    found.add_argument("--replicas", type=int, default=4, metavar="N")
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--steps", type=int, default=12)
+    found.add_argument("overrides", nargs="*", metavar="section.key=value")
     found = commands.add_parser("overlap", parents=[common], help="steps an hour and waiting at train.staleness 0 and 1 against a client that waits for the whole step")
     found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run with a quality judge; its teacher is replaced by stub servers")
     found.add_argument("--latency", type=float, default=0.05, metavar="SECONDS", help="median of the stub's answers (default: %(default)s)")

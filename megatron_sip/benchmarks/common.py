@@ -18,13 +18,14 @@ def machine() -> dict[str, object]:
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 
-def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = None) -> float:
-    """Wall seconds of a command; ``watch`` collects the memory of its processes, in bytes, while it runs."""
+def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = None, environment: dict[str, str] | None = None) -> float:
+    """Wall seconds of a command; ``watch`` collects the memory of its processes, in bytes, while it runs; ``environment`` is added to ours."""
     import psutil
 
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **(environment or {})})
         while watch is not None and process.poll() is None:
             total = 0
             for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def stub_servers(replicas: int, latency: float, sigma: float = 0.0) -> Iterator[list[str]]:
-    """URLs of ``replicas`` servers that answer "A" after ``latency`` seconds: exactly, or the median of a log-normal with ``sigma``."""
+    """URLs of ``replicas`` servers that answer "A", or as many as a list asks for, after ``latency`` seconds: exactly, or the median of a
+    log-normal with ``sigma``. They take any number of requests at once."""
     stub = subprocess.Popen([sys.executable, "-c", _STUB, str(replicas), str(latency), str(sigma)], stdout=subprocess.PIPE, text=True)
     try:
         yield [f"http://127.0.0.1:{port}/v1" for port in stub.stdout.readline().split()]
@@ -20,14 +21,20 @@ def stub_servers(replicas: int, latency: float, sigma: float = 0.0) -> Iterator[
 
 
 _STUB = """
-import asyncio, math, random, sys
+import asyncio, functools, math, random, re, sys
 
 LATENCY, SIGMA = float(sys.argv[2]), float(sys.argv[3])
 
-BODY = (b'{"id":"x","object":"chat.completion","created":1,"model":"stub","choices":[{"index":0,"message":{"role":"assistant","content":"A"},'
-        b'"finish_reason":"stop"}],"usage":{"prompt_tokens":420,"total_tokens":422,"completion_tokens":2}}')
-ANSWER = b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(BODY) + BODY
+@functools.cache
+def answer(verdict, count):
+    one = '{"index":%d,"message":{"role":"assistant","content":"' + verdict + '"},"finish_reason":"stop"}'
+    body = ('{"id":"x","object":"chat.completion","created":1,"model":"stub","choices":[' + ",".join(one % i for i in range(count)) +
+            '],"usage":{"prompt_tokens":420,"total_tokens":422,"completion_tokens":2}}').encode()
+    return b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body
+
 MODELS = b'HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: 24\\r\\n\\r\\n{"data":[{"id":"stub"}]}'
+
+CHOICES = re.compile(rb'"choice":\\["([^"]+)"')
 
 class Stub(asyncio.Protocol):
     def connection_made(self, transport):
@@ -45,8 +52,11 @@ class Stub(asyncio.Protocol):
             return
         size = end + int(head.split(b"content-length:")[1].split(b"\\r\\n")[0])
         if len(self.seen) >= size:
+            # The first of the choices that the request allows, once for each conversation.
+            choices = CHOICES.search(self.seen)
+            reply = answer(choices[1].decode() if choices else "A", self.seen.count(b'"role"'))
             self.seen = self.seen[size:]
-            asyncio.get_running_loop().call_later(random.lognormvariate(math.log(LATENCY), SIGMA) if SIGMA else LATENCY, self.transport.write, ANSWER)
+            asyncio.get_running_loop().call_later(random.lognormvariate(math.log(LATENCY), SIGMA) if SIGMA else LATENCY, self.transport.write, reply)
 
 async def main():
     servers = [await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", 0, backlog=1024) for _ in range(int(sys.argv[1]))]

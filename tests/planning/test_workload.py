@@ -62,6 +62,8 @@ def test_steps_before_the_rollouts_ask_nothing_and_a_ramp_is_added_up() -> None:
 
 class Recorder:
     """Takes the place of a fleet: keeps the prompts and answers "A", "yes" or "none"."""
+    list_size = questions_per_request = 1
+
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
