@@ -246,7 +246,7 @@ train() {
         judge_outcome
         summary=$(printf '%s\n' "${RANK_CODES[@]}" | sort | uniq -c | awk '{printf "%s%s x %s", (NR > 1 ? ", " : ""), $1, $2}')
         phase ended "$OUTCOME at step $(newest_step) of $LAST_STEP (exit codes of the ranks: $summary; srun: $SRUN_CODE)"
-        [[ $OUTCOME == "all done" || $OUTCOME == saved ]] || tail -n 15 "$TRAINER_LOG" | sed 's/^/    /'
+        [[ $OUTCOME == "all done" || $OUTCOME == saved ]] || show_cause
         [[ $OUTCOME != "all done" ]] || finish
         # Later in a job its settings are what they were: then it may be a server or a file system.
         [[ $OUTCOME != "bad input" || $START -gt 1 || ${SLURM_RESTART_COUNT:-0} -gt 0 ]] ||
@@ -259,6 +259,13 @@ train() {
         fi
         recover
     done
+}
+
+# What the ranks said of it; their stacks follow in the log.
+show_cause() {
+    local lines
+    lines=$(grep -v '^srun: ' "$TRAINER_LOG" | grep -E 'error: |Error: |Fatal |stopped in ' -A 2 || tail -n 15 "$TRAINER_LOG")
+    tail -n 15 <<<"$lines" | sed 's/^/    /'
 }
 
 # The trainer ended by a fault: again on the same nodes, with the same judges, or elsewhere.

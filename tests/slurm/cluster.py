@@ -117,7 +117,8 @@ class Cluster:
             f"SlurmdPidFile={self.folder}/%n.pid", f"SlurmctldLogFile={self.folder / 'log' / 'slurmctld'}", f"SlurmdLogFile={self.folder / 'log'}/%n",
             "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none",
             "AccountingStorageType=accounting_storage/none", "SwitchType=switch/none", "MpiDefault=none", "SelectType=select/cons_tres",
-            "SelectTypeParameters=CR_Core", "SlurmdParameters=config_overrides", "SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1", "ReturnToService=2",
+            "SelectTypeParameters=CR_Core", "SlurmdParameters=config_overrides",
+            "SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1", "ReturnToService=2",
             "KillWait=5", "MinJobAge=3600", "InactiveLimit=0", "GresTypes=gpu", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
             "SuspendProgram=/bin/true", "ResumeProgram=/bin/true", "SuspendTime=INFINITE", "ResumeTimeout=60", "PrivateData=cloud",
         ]

@@ -73,6 +73,8 @@ def test_a_run_goes_on_through_time_limit_preemption_a_lost_judge_and_a_killed_r
     assert f"{4 * LAST} pairs in {LAST} steps" in done.stdout
     ids = {path.name.rsplit("-", 1)[1] for path in (run / "wandb").glob("offline-run-*")}
     assert len(ids) == 1, ids
+    key = (run / "slurm" / "judge.key").read_bytes().strip()
+    assert not [path for path in (*run.rglob("*"), log) if path.is_file() and path.name != "judge.key" and key in path.read_bytes()]
     assert not processes("megatron_sip", SLURM_JOB_ID=job) and not processes("vllm", SLURM_JOB_ID=job)
 
     whole = tmp_path / "whole"
