@@ -214,9 +214,9 @@ again_or_fail() {
     requeue "$2"
 }
 
-# give_up NAME WHY: in the first attempt of a job it is a mistake, in a later one it may be the nodes.
+# give_up NAME WHY: before the first start of a job's trainer it is a mistake, later it may be the nodes.
 give_up() {
-    ((${SLURM_RESTART_COUNT:-0} > 0)) || fail "$2"
+    ((${SLURM_RESTART_COUNT:-0} > 0 || ${START:-0} > 0)) || fail "$2"
     again_or_fail "$1" "$2"
 }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One vLLM server, a step of its own. Usage: server.sh READY_FILE URL GPUS FIRST_GPU COMMAND...
 #
-# READY_FILE appears, with the URL in it, when the server has generated a token; when it ends, READY_FILE goes and READY_FILE.ended appears: an srun
-# whose slurmstepd was killed waits for ever. The key comes from KEY_FILE.
+# READY_FILE appears, with the URL in it, when the server has generated a token; when it ends, READY_FILE goes and READY_FILE.ended appears: an
+# srun whose slurmstepd was killed waits for ever. The key comes from KEY_FILE.
 # The server ends with everything it started when this script is told to stop, or when its slurmstepd is gone.
 set -uo pipefail
 

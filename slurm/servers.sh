@@ -61,12 +61,12 @@ start_servers() {
 }
 
 start_server() {
+    [[ -n ${DRY_RUN:-} ]] || SERVER_READY[$1]=$ATTEMPT/ready-$1-$SECONDS # its own: the one before may still be ending
     server_command "$1"
     if [[ -n ${DRY_RUN:-} ]]; then
         run "${COMMAND[@]}"
         return
     fi
-    rm -f "${SERVER_READY[$1]}" "${SERVER_READY[$1]}.ended"
     "${COMMAND[@]}" >>"$ATTEMPT/${SERVER_NAME[$1]}.log" 2>&1 &
     SERVER_PID[$1]=$!
 }
