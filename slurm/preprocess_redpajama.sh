@@ -21,28 +21,23 @@
 #SBATCH --output=preprocess-%A_%a.log
 set -Eeuo pipefail
 
-: "${INPUT:?folder or quoted glob of the corpus}" "${OUTPUT_PREFIX:?path and beginning of the names of the datasets}"
-: "${TOKENIZER_MODEL:?sentencepiece model file}"
-FLAGS=${FLAGS---append-eod --min-tokens 256}
-SUBSET_KEY=${SUBSET_KEY:-meta.redpajama_set_name}
 ROOT=${ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}           # the repository: submit from there, or set it
-PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-MERGE=${MERGE:-1}                                 # 0: leave the portions as they are
-MERGE_FLAGS=${MERGE_FLAGS---remove}               # the portions are removed when a subset is merged
-child=
+[[ -f $ROOT/slurm/common.sh ]] || { echo "error: ROOT=$ROOT is not the repository; submit from there or set ROOT" >&2 && exit 2; }
+# shellcheck source=slurm/common.sh
+source "$ROOT/slurm/common.sh"
 
-say() { echo "[$(date '+%F %T')] $*"; }
-fail() {
-    say "error: $*" >&2
-    exit 2
-}
-run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
+setting INPUT "" needed "folder or quoted glob of the corpus"
+setting OUTPUT_PREFIX "" needed "path and beginning of the names of the datasets"
+setting TOKENIZER_MODEL "" file "sentencepiece model file"
+setting FLAGS "--append-eod --min-tokens 256" text "more flags of tools/preprocess_data.py"
+setting SUBSET_KEY meta.redpajama_set_name needed "key of a document's subset"
+setting MERGE 1 switch "0: leave the portions as they are"
+setting MERGE_FLAGS --remove text "flags of tools/merge_data.py; the portions are removed when a subset is merged"
+settings_of_site
+child=
 
 check() {
     [[ -n ${SLURM_JOB_ID:-} || -n ${DRY_RUN:-} ]] || fail "submit this with sbatch, or look at it with DRY_RUN=1"
-    [[ -f $ROOT/tools/preprocess_data.py ]] || fail "ROOT=$ROOT is not the repository; submit from there or set ROOT"
-    [[ -x $PYTHON ]] || fail "PYTHON=$PYTHON is not there on $(hostname); install with: bash examples/install.sh cpu,data"
-    [[ -f $TOKENIZER_MODEL ]] || fail "TOKENIZER_MODEL=$TOKENIZER_MODEL is not there on $(hostname)"
     compgen -G "$INPUT" >/dev/null || fail "INPUT=$INPUT is not there on $(hostname)"
     mkdir -p "$(dirname "$OUTPUT_PREFIX")" || fail "the folder of OUTPUT_PREFIX=$OUTPUT_PREFIX cannot be made"
 }
@@ -58,8 +53,8 @@ tokenize() {
     local shard=$((${SLURM_ARRAY_TASK_ID:-0} - first))/${SLURM_ARRAY_TASK_COUNT:-1}
     if [[ $MERGE == 1 && ${SLURM_ARRAY_TASK_ID:-0} == "$first" && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
         say "submitting the job that merges the portions when all are done"
-        run sbatch --array=0 --cpus-per-task=1 --mem-per-cpu=4G --dependency="afterok:${SLURM_ARRAY_JOB_ID:-JOB}" --kill-on-invalid-dep=yes --job-name=merge \
-            --output="${MERGE_OUTPUT:-merge-%A.log}" --export=ALL "$ROOT/slurm/preprocess_redpajama.sh" merge ||
+        run sbatch --array=0 --cpus-per-task=1 --mem-per-cpu=4G --dependency="afterok:${SLURM_ARRAY_JOB_ID:-JOB}" --kill-on-invalid-dep=yes \
+            --job-name=merge --output="${MERGE_OUTPUT:-merge-%A.log}" --export=ALL "$ROOT/slurm/preprocess_redpajama.sh" merge ||
             say "warning: it was not taken; submit it when all portions are done: sbatch --array=0 $ROOT/slurm/preprocess_redpajama.sh merge"
     fi
     say "portion $shard on $(hostname), attempt $((${SLURM_RESTART_COUNT:-0} + 1))"

@@ -6,6 +6,7 @@ pairs, a rank without any) weigh what they should. Keys that begin with ``max/``
 
 from __future__ import annotations
 
+import os
 import secrets
 import statistics
 import sys
@@ -184,7 +185,10 @@ class MetricsWriter:
     def close(self) -> None:
         self._lines.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:  # Slurm ends a preempted step's helpers with it; what is saved is not undone by that
+                say(f"WARNING: wandb did not take the last metrics ({type(error).__name__}: {error}); {self._lines.path} has them all")
 
 
 def say(text: str) -> None:
@@ -203,7 +207,7 @@ def _start_wandb(config: RunConfig, run_id: str | None) -> tuple[Any, str | None
         return None, run_id
     import wandb  # slow to import, and not needed when disabled
 
-    run_id = run_id or secrets.token_hex(4)
+    run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # a batch script gives one that outlives a run without checkpoints
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     run = wandb.init(project=config.log.wandb_project, name=config.run.name, id=run_id, resume="allow", mode=config.log.wandb,
                      dir=str(config.run.dir), config=config.model_dump(mode="json"), settings=wandb.Settings(silent=True))

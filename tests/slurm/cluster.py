@@ -1,7 +1,10 @@
 """A real Slurm of several nodes on this machine, started and stopped by tests.
 
 In: a folder. Out: :class:`Cluster`, whose environment makes sbatch, squeue and scontrol talk to it. Needs root and Debian's
-slurm-wlm and munge. Nodes are slurmd processes with ports of their own; they count CPUs and memory without enforcing them.
+slurm-wlm and munge. Nodes are slurmd processes with ports of their own; they count CPUs, memory and GPUs without enforcing them.
+
+Partitions: ``main``, the default; ``urgent``, on the same nodes, whose jobs preempt those of ``main``; ``full``, of nodes that exist for
+``sbatch --test-only`` alone.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from pathlib import Path
 
+_FULL = 24  # nodes of the partition that exists on paper
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 
 
@@ -31,10 +36,11 @@ class Cluster:
         folder: for configuration, state and logs; short, since it holds the names of sockets.
         nodes: slurmd processes.
         cpus: of each, as declared.
+        gpus: of each, as declared; device files that are no GPUs.
     """
 
-    def __init__(self, folder: Path, nodes: int = 3, cpus: int = 4) -> None:
-        self.folder, self._nodes, self._cpus = folder, [f"n{i}" for i in range(nodes)], cpus
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, gpus: int = 8) -> None:
+        self.folder, self._nodes, self._cpus, self._gpus = folder, [f"n{i}" for i in range(nodes)], cpus, gpus
         self._processes: list[subprocess.Popen] = []
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
@@ -44,11 +50,14 @@ class Cluster:
         for name in ("state", "spool", "log"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._start_munge()
+        for i in range(self._gpus):
+            os.mknod(self.folder / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "slurm.conf").write_text(self._configuration(), encoding="utf-8")
+        (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Type=h100 File={self.folder}/gpu[0-{self._gpus - 1}]\n", encoding="utf-8")
         self._run("slurmctld", "-D", "-c", "-f", self.folder / "slurm.conf")
         for name in self._nodes:
             self._run("slurmd", "-D", "-c", "-N", name, "-f", self.folder / "slurm.conf")
-        self._until(lambda: self.command("sinfo", "-h", "-o", "%T", check=False).split() == ["idle"], "nodes did not become idle")
+        self._until(lambda: self.command("sinfo", "-h", "-p", "main", "-o", "%T", check=False).split() == ["idle"], "nodes did not become idle")
 
     def command(self, *arguments: str | Path, check: bool = True, **environment: str) -> str:
         """Output of a Slurm command."""
@@ -106,13 +115,22 @@ class Cluster:
             "CredType=cred/munge", f"AuthInfo=socket={self._socket},cred_expire=10",  # a requeued job waits for that long
             f"StateSaveLocation={self.folder / 'state'}", f"SlurmdSpoolDir={self.folder / 'spool'}/%n", f"SlurmctldPidFile={self.folder / 'ctld.pid'}",
             f"SlurmdPidFile={self.folder}/%n.pid", f"SlurmctldLogFile={self.folder / 'log' / 'slurmctld'}", f"SlurmdLogFile={self.folder / 'log'}/%n",
-            "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
-            "SwitchType=switch/none", "MpiDefault=none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", "SlurmdParameters=config_overrides",
-            "SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1", "ReturnToService=2", "KillWait=5", "MinJobAge=3600", "InactiveLimit=0",
+            "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "JobAcctGatherType=jobacct_gather/none",
+            "AccountingStorageType=accounting_storage/none", "SwitchType=switch/none", "MpiDefault=none", "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core", "SlurmdParameters=config_overrides",
+            "SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1", "ReturnToService=2",
+            "KillWait=5", "MinJobAge=3600", "InactiveLimit=0", "GresTypes=gpu", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
+            "SuspendProgram=/bin/true", "ResumeProgram=/bin/true", "SuspendTime=INFINITE", "ResumeTimeout=60", "PrivateData=cloud",
         ]
-        lines += [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} RealMemory=64000 State=UNKNOWN"
+        size = f"CPUs={self._cpus} RealMemory=64000 Gres=gpu:h100:{self._gpus}"
+        lines += [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size} State=UNKNOWN"
                   for name, port in zip(self._nodes, ports[1:])]
-        return "\n".join([*lines, f"PartitionName=main Nodes={','.join(self._nodes)} Default=YES MaxTime=INFINITE State=UP", ""])
+        lines.append(f"NodeName=c[0-{_FULL - 1}] CPUs=96 RealMemory=1000000 Gres=gpu:h100:8 State=CLOUD")
+        nodes = ",".join(self._nodes)
+        lines += [f"PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
+                  f"PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
+                  f"PartitionName=full Nodes=c[0-{_FULL - 1}] MaxTime=INFINITE State=UP"]
+        return "\n".join([*lines, ""])
 
     def _run(self, *command: str | Path) -> None:
         with open(self.folder / "log" / f"{Path(str(command[0])).name}.out", "ab") as log:

@@ -1,7 +1,8 @@
-"""One Slurm for the tests of this folder."""
+"""One Slurm and one small corpus for the tests of this folder."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import standard_library
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,3 +33,16 @@ def cluster() -> Iterator[Cluster]:
     finally:
         found.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def blend(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Path:
+    """PREFIX_blend.yaml of a small corpus, as tools/preprocess_data.py leaves it."""
+    from megatron_sip.data.preprocess import Settings, preprocess
+
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = (json.dumps({"text": text[:8000], "meta": {"redpajama_set_name": "code"}}) for text in standard_library(50))
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    settings = Settings((str(folder / "text.jsonl"),), str(folder / "d"), str(tokenizer_model), append_eod=True, split_by_subset=True)
+    preprocess(settings, say=lambda line: None)
+    return folder / "d_blend.yaml"

@@ -87,7 +87,7 @@ def test_a_bad_line_ends_its_task_with_the_way_out(cluster, work, tokenizer_mode
 
 
 @pytest.mark.parametrize("variable, message", [
-    ("INPUT", "INPUT=/nowhere/x is not there on"), ("TOKENIZER_MODEL", "TOKENIZER_MODEL=/nowhere/x is not there on"),
+    ("INPUT", "INPUT=/nowhere/x is not there on"), ("TOKENIZER_MODEL", "TOKENIZER_MODEL=/nowhere/x is no file on"),
     ("PYTHON", "PYTHON=/nowhere/x is not there on .*; install with"), ("ROOT", "ROOT=/nowhere/x is not the repository")])
 def test_what_is_missing_is_said_at_once(tmp_path, tokenizer_model, variable, message):
     environment = {**os.environ, "DRY_RUN": "1", "INPUT": str(tmp_path), "OUTPUT_PREFIX": str(tmp_path / "d"), "TOKENIZER_MODEL": str(tokenizer_model),

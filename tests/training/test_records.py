@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -110,3 +113,34 @@ def test_audit_shows_every_candidate_with_its_scores():
     assert [c["label"] for c in record["candidates"]] == ["original", "rollout 2"]
     assert [c["scores"]["quality"] for c in record["candidates"]] == [1.0, None]
     json.dumps(record)
+
+
+_TWO_STARTS = """
+import sys
+
+import psutil
+
+from megatron_sip.config import load_config
+from megatron_sip.training.metrics import MetricsWriter
+
+for start in (1, 2):
+    config = load_config(None, [f"run.dir={sys.argv[1]}", "log.wandb=offline", "pool={original: true, rewrite: false, rollouts: 0}",
+                                "objective={dpo_weight: 0, reference: none}"])
+    writer = MetricsWriter(config, 0, 0.0, None)
+    assert writer.run_id == "batch-1"
+    if start == 1:
+        writer.close()
+[service] = [each for each in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(each.cmdline())]
+service.kill()
+service.wait()
+writer.close()
+"""
+
+
+def test_wandb_is_one_run_without_a_checkpoint_and_its_death_is_no_failure(tmp_path):
+    """Two starts before the first checkpoint under the id of a batch script; at the end the process that takes wandb's metrics is killed."""
+    done = subprocess.run([sys.executable, "-c", _TWO_STARTS, str(tmp_path)], env={**os.environ, "WANDB_RUN_ID": "batch-1"}, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0 and "WARNING: wandb did not take the last metrics" in done.stdout, done.stdout + done.stderr
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert runs and all(name.endswith("-batch-1") for name in runs)
