@@ -8,6 +8,7 @@
     python tools/bench.py save --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py overlap --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py fleet [--replicas 4] [--concurrency 64]
+    python tools/bench.py preference [--size 5 12.7 36 124] [--dtype float32 bfloat16]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
 """
@@ -34,6 +35,7 @@ COMMANDS = {
     "save": ("checkpoint", "save"),
     "fleet": ("fleet", "fleet"),
     "overlap": ("overlap", "overlap"),
+    "preference": ("preference", "preference"),
 }
 
 
@@ -78,6 +80,14 @@ def main() -> int:
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--steps", type=int, default=12)
     found.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--size", nargs="+", choices=("5", "12.7", "36", "124"), default=["12.7"], help="millions of parameters (default: 12.7)")
+    sizes.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    sizes.add_argument("--rounds", type=int, default=5)
+    sizes.add_argument("--prefix-length", type=int, default=128, metavar="N")
+    sizes.add_argument("--suffix-length", type=int, default=128, metavar="N")
+    found = commands.add_parser("preference", parents=[sizes, common], help="forward and backward of pairs: packed against whole sequences, speed and peak memory")
+    found.add_argument("--pairs", type=int, default=8, help="in one microbatch")
     options = parser.parse_args()
     module, function = COMMANDS[options.command]
     measure = getattr(importlib.import_module(f"megatron_sip.benchmarks.{module}"), function)
