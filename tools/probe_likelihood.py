@@ -69,7 +69,7 @@ async def probe(options: argparse.Namespace, documents: list[list[str]], url: st
     try:
         for number in range(options.passages):
             prefix, texts = passage(documents, options.words, rng, model)
-            found = await asyncio.gather(*(measure(fleet, options.model, prefix, text) for text in texts.values()))
+            found = await measure(fleet, options.model, prefix, list(texts.values()))
             if None in found:
                 print(f"\nerror: the server at {url} gave no log-probabilities of passage {number + 1}; is it vLLM, does it live, and does it "
                       f"serve {options.model}?", file=sys.stderr)

@@ -174,6 +174,7 @@ class _Group:
         patience = config.outage_timeout + max(5.0, 0.1 * config.outage_timeout)
         self.fleet = Fleet(urls, key, concurrency=max(1, config.concurrency // clients), request_timeout=config.request_timeout, retries=config.retries,
                            outage_timeout=patience, hedge_after=config.hedge_after, kind=self.kind,
+                           questions_per_request=config.questions_per_request,
                            check=lambda replica: readiness.check(self.fleet, replica))
         self.load = ServerLoad(self.fleet)
         self._tasks: list[asyncio.Task] = []
@@ -233,7 +234,7 @@ class _Group:
 
 def _figures(meter: Meter) -> dict[str, float]:
     """Meter -> metrics; a rate appears only if there was something to count."""
-    figures: dict[str, float] = {"questions": meter.questions, "retries": meter.retries, "refused": meter.refused}
+    figures: dict[str, float] = {"questions": meter.questions, "requests": meter.requests, "retries": meter.retries, "refused": meter.refused}
     if meter.questions:
         figures["no_answer_rate"] = meter.no_answer / meter.questions
     if meter.latencies:

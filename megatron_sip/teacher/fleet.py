@@ -5,7 +5,7 @@ In: a request (path and JSON body) and a function that reads its answer. Out: wh
 Promises:
 - Every attempt has a deadline to the last byte, every question a number of attempts; a question that fails ends as ``None``, never as an exception.
 - While no server can be reached, questions wait and lose no attempts, for ``outage_timeout`` seconds: an outage is no judgement. Nor does "busy" cost one.
-- No server has more than ``concurrency`` requests under way; the one with the least outstanding work is asked first; a new one starts slowly.
+- No server has more than ``concurrency`` questions under way; the one with the least outstanding work is asked first; a new one starts slowly.
 - A server that fails several times in a row rests; the others take its work, and a generation of our own, not a question, finds out whether it is back.
 - An attempt that is slower than most is hedged: another server with room is asked too, the first good answer counts, and only that one.
 - An answer by another model, or (where a server repeats the request's id) to another request, is no answer.
@@ -40,11 +40,20 @@ _log = logging.getLogger(__name__)
 
 
 class Unreadable(ValueError):
-    """Raised by a reader: the answer is not what was asked for; worth another attempt."""
+    """Raised by a reader: the answer is not what was asked for; worth another attempt.
+
+    Args:
+        answers: how many of a list are.
+        wholly: no answer of the list was readable, which speaks against the server.
+    """
+
+    def __init__(self, message: str, *, answers: int = 1, wholly: bool = True) -> None:
+        super().__init__(message)
+        self.answers, self.wholly = answers, wholly
 
 
-class _Refused(Exception):
-    """The server says that the request is at fault."""
+class Refused(Exception):
+    """The server says that the request is at fault; leaves :meth:`Fleet.ask` only for a request of several questions."""
 
 
 class Fleet:
@@ -53,7 +62,7 @@ class Fleet:
     Args:
         urls: base addresses such as ``http://127.0.0.1:8000/v1``.
         api_key: sent as bearer token; None for servers without a key.
-        concurrency: requests under way at once, per server.
+        concurrency: questions under way at once, per server.
         request_timeout: seconds for one attempt, from sending to the last byte.
         retries: further attempts.
         outage_timeout: seconds without any answer for which questions wait for a server and attempts that found none do not count.
@@ -61,16 +70,18 @@ class Fleet:
         check: what keeps a server from generating, or None; asked of servers that rest or are new. It may raise Fault, TimeoutError or ValueError.
             Without it, a server that has rested gets one question.
         kind: meter of what belongs to no question, such as failed checks.
+        questions_per_request: of servers that take lists of questions.
     """
 
     def __init__(self, urls: Sequence[str], api_key: str | None, *, concurrency: int, request_timeout: float, retries: int,
                  outage_timeout: float = 0.0, hedge_after: float = 0.0, check: Callable[[Replica], Awaitable[str | None]] | None = None,
-                 kind: str = "judge") -> None:
+                 kind: str = "judge", questions_per_request: int = 1) -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in urls]
         self._concurrency, self._request_timeout, self._attempts = concurrency, request_timeout, retries + 1
         self._outage_timeout, self._check, self._kind = outage_timeout, check, kind
         self._transport, self._hedging = Transport(api_key), Hedging(hedge_after)
-        self._queue: deque[asyncio.Future[Replica | None]] = deque()  # questions that wait for a server
+        self.questions_per_request = min(questions_per_request, concurrency)
+        self._queue: deque[tuple[asyncio.Future[Replica | None], int]] = deque()  # requests that wait for a server, with their number of questions
         self._checks: dict[Replica, asyncio.Task] = {}
         self._outage_timer: asyncio.TimerHandle | None = None
         self._meters: dict[str, Meter] = {}
@@ -83,7 +94,7 @@ class Fleet:
     # -- asking ---------------------------------------------------------------------------------------------------
 
     async def ask(self, kind: str, path: str, body: Callable[[Replica], dict[str, Any]], read: Callable[[Any, Replica], T], *,
-                  questions: int = 1) -> T | None:
+                  questions: int = 1, unanswered: Callable[[], int] | None = None) -> T | None:
         """Ask until ``read`` accepts an answer; ``None`` after the last attempt.
 
         Args:
@@ -91,17 +102,21 @@ class Fleet:
             path: below the servers' addresses, e.g. ``/completions``.
             body: the request for a given server.
             read: gets the decoded JSON; raises :class:`Unreadable` for nonsense.
-            questions: how many the request holds (samples, or a list of prompts).
+            questions: how many the request holds.
+            unanswered: how many of them have no answer yet, where ``read`` keeps some (default: all of them).
+
+        Raises:
+            Refused: a server refuses a request of several questions, of which each may be good by itself. They are not counted then.
         """
         if self._waiting == 0:
             self._quiet_since = time.monotonic()
         self._waiting += 1
         try:
-            return await self._attempt_all(kind, path, body, read, questions)
+            return await self._attempt_all(kind, path, body, read, questions, unanswered or (lambda: questions))
         finally:
             self._waiting -= 1
 
-    async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable, questions: int) -> Any:
+    async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable, questions: int, unanswered: Callable[[], int]) -> Any:
         self._count(kind, questions=questions)
         self._hedging.asked()
         attempt, tries, asked, replica = 0, 0, time.monotonic(), None
@@ -110,13 +125,16 @@ class Fleet:
                 self._count(kind, retries=1)
                 await asyncio.sleep(min(_LONGEST_BACKOFF, _BACKOFF * 2 ** min(tries - 1, 16)) * random.uniform(0.5, 1.5))
             tries += 1
-            replica = await self._acquire(besides=replica)
+            replica = await self._acquire(questions, besides=replica)
             if replica is None:
                 break
             began = time.monotonic()
             try:
-                result = await self._hedged(kind, replica, path, body, read)
-            except _Refused:
+                result = await self._hedged(kind, replica, path, body, read, questions)
+            except Refused:
+                if questions > 1:
+                    self._count(kind, questions=-questions)
+                    raise
                 break
             except Unreadable:
                 attempt += 1
@@ -126,28 +144,28 @@ class Fleet:
             else:
                 self._count(kind, latency=time.monotonic() - began)
                 return result
-        self._count(kind, no_answer=questions)
+        self._count(kind, no_answer=unanswered())
         return None
 
-    async def _hedged(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> Any:
+    async def _hedged(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable, questions: int) -> Any:
         """One attempt, by two servers if the first is slow. The slot of ``replica`` is given back in every case."""
         delay = self._hedging.delay((kind, path)) if len(self.replicas) > 1 else None
         if delay is None:
             try:
-                return await self._once(kind, replica, path, body, read)
+                return await self._once(kind, replica, path, body, read, questions)
             finally:
-                self._release(replica)
-        first = self._start(kind, replica, path, body, read)
+                self._release(replica, questions)
+        first = self._start(kind, replica, path, body, read, questions)
         tasks, problem = {first}, None
         try:
             await asyncio.wait(tasks, timeout=delay)
             if first.done():
                 return first.result()
-            other = None if self._queue else self._freest(besides=replica)
+            other = None if self._queue else self._freest(questions, besides=replica)
             if other is not None and self._hedging.spend():
                 self.note(kind, "hedges")
-                other.outstanding += 1
-                tasks.add(self._start(kind, other, path, body, read))
+                other.outstanding += questions
+                tasks.add(self._start(kind, other, path, body, read, questions))
             pending = tasks
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -164,15 +182,16 @@ class Fleet:
                     task.cancel()
                 await asyncio.gather(*losers, return_exceptions=True)
 
-    def _start(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> asyncio.Task:
-        task = asyncio.create_task(self._once(kind, replica, path, body, read))
-        task.add_done_callback(lambda _: self._release(replica))  # not inside: a task cancelled before it began runs no finally
+    def _start(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable, questions: int) -> asyncio.Task:
+        task = asyncio.create_task(self._once(kind, replica, path, body, read, questions))
+        task.add_done_callback(lambda _: self._release(replica, questions))  # not inside: a task cancelled before it began runs no finally
         return task
 
-    async def _once(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable) -> Any:
-        """One request to one server. Raises Fault, Unreadable or _Refused; all but the second and third count against the server."""
+    async def _once(self, kind: str, replica: Replica, path: str, body: Callable, read: Callable, questions: int) -> Any:
+        """One request to one server. Raises Fault, Unreadable or Refused; all but the second and third count against the server."""
         request, began = body(replica), time.monotonic()
         self._sent += 1
+        self._count(kind, requests=1)
         request_id = f"{self._id_prefix}-{self._sent}"
         try:
             try:
@@ -181,9 +200,10 @@ class Fleet:
             except TimeoutError:
                 raise Fault("timeout", f"no answer within {self._request_timeout:g} s") from None
             if answer.status in _REFUSED:
-                self._answered(replica)
-                self._refused(kind, replica, answer)
-                raise _Refused
+                self._answered(replica, questions)
+                if questions == 1:
+                    self._refused(kind, replica, answer)
+                raise Refused
             _verify(replica, request, answer, request_id)
         except asyncio.CancelledError:
             self._hedging.took((kind, path), time.monotonic() - began)  # at least
@@ -192,13 +212,14 @@ class Fleet:
             self.note(kind, f"fault/{fault.kind}")
             self._failed(replica, fault)
             raise
-        self._answered(replica)
+        self._answered(replica, questions)
         self._hedging.took((kind, path), time.monotonic() - began)
         try:
             result = read(answer.data, replica)
         except Unreadable as error:
-            self.note(kind, "fault/unreadable")
-            self._unreadable(replica, error)
+            self.note(kind, "fault/unreadable", error.answers)
+            if error.wholly:
+                self._unreadable(replica, error)
             raise
         replica.unreadable_in_a_row = 0
         self._count_usage(kind, answer.data)
@@ -222,51 +243,53 @@ class Fleet:
 
     # -- who is asked ---------------------------------------------------------------------------------------------
 
-    def _freest(self, besides: Replica | None = None) -> Replica | None:
+    def _freest(self, questions: int, besides: Replica | None = None) -> Replica | None:
         now = time.monotonic()
-        free = [replica for replica in self.replicas if replica is not besides and replica.room(self._concurrency, now)]
+        free = [replica for replica in self.replicas if replica is not besides and replica.room(questions, self._concurrency, now)]
         return min(free, key=lambda replica: (replica.outstanding, random.random())) if free else None
 
-    async def _acquire(self, besides: Replica | None = None) -> Replica | None:
-        """A slot of the free server with the least outstanding work, rather not the one that just failed this question; waits for one, in order.
+    async def _acquire(self, questions: int, besides: Replica | None = None) -> Replica | None:
+        """Slots of the free server with the least outstanding work, rather not the one that just failed this question; waits for one, in order.
 
         None: all servers rest, and have done so for too long.
         """
-        if not self._queue and (replica := self._freest(besides) or self._freest()) is not None:
-            replica.outstanding += 1
+        if not self._queue and (replica := self._freest(questions, besides) or self._freest(questions)) is not None:
+            replica.outstanding += questions
             return replica
         place = asyncio.get_running_loop().create_future()
-        self._queue.append(place)
+        self._queue.append((place, questions))
         self._watch_outage()
         try:
             return await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled() and place.result() is not None:
-                self._release(place.result())
+                self._release(place.result(), questions)
             raise
 
     def _dispatch(self) -> None:
         """Give free slots to those who wait."""
         while self._queue:
-            if self._queue[0].done():  # cancelled
+            place, questions = self._queue[0]
+            if place.done():  # cancelled
                 self._queue.popleft()
-            elif (replica := self._freest()) is not None:
-                replica.outstanding += 1
-                self._queue.popleft().set_result(replica)
+            elif (replica := self._freest(questions)) is not None:
+                replica.outstanding += questions
+                self._queue.popleft()
+                place.set_result(replica)
             else:
                 return
 
-    def _release(self, replica: Replica) -> None:
-        replica.outstanding -= 1
+    def _release(self, replica: Replica, questions: int) -> None:
+        replica.outstanding -= questions
         self._dispatch()
 
     # -- who rests ------------------------------------------------------------------------------------------------
 
-    def _answered(self, replica: Replica) -> None:
+    def _answered(self, replica: Replica, questions: int) -> None:
         if replica.failures_in_a_row >= FAILURES_IN_A_ROW:
             _log.warning("teacher server %s answers again", replica.url)
         replica.failures_in_a_row = 0
-        replica.grow(self._concurrency)
+        replica.grow(questions, self._concurrency)
         self._quiet_since = time.monotonic()
 
     def _failed(self, replica: Replica, fault: Fault) -> None:
@@ -352,14 +375,14 @@ class Fleet:
         if self._outage_timer is None and self._queue and all(replica.resting for replica in self.replicas):
             left = max(0.0, self._outage_timeout - self.seconds_without_answer)
             if left > 1.0:
-                _log.warning("no teacher server generates; %d questions wait, for at most %.0f s", len(self._queue), left)
+                _log.warning("no teacher server generates; %d questions wait, for at most %.0f s", sum(questions for _, questions in self._queue), left)
             self._outage_timer = asyncio.get_running_loop().call_later(left + 0.001, self._end_outage)
 
     def _end_outage(self) -> None:
         self._outage_timer = None
         if all(replica.resting for replica in self.replicas) and self.seconds_without_answer >= self._outage_timeout:
             while self._queue:
-                place = self._queue.popleft()
+                place, _ = self._queue.popleft()
                 if not place.done():
                     place.set_result(None)
         self._watch_outage()
@@ -372,6 +395,12 @@ class Fleet:
                          replica.url, kind, answer.status, answer.data)
 
     # -- what callers see -----------------------------------------------------------------------------------------
+
+    @property
+    def list_size(self) -> int:
+        """Questions that a request may hold now: lists are sent only while every checked server takes them."""
+        checked = [replica for replica in self.replicas if replica.checked]
+        return self.questions_per_request if checked and all(replica.takes_lists for replica in checked) else 1
 
     @property
     def seconds_without_answer(self) -> float:

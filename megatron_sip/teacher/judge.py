@@ -13,7 +13,6 @@ Candidates with the same text are one candidate to the judge and get the same nu
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from megatron_sip.config import JudgeSection
 from megatron_sip.pool import ORIGINAL, Criterion, Pool
 from megatron_sip.teacher import TeacherError, verdict
 from megatron_sip.teacher.fleet import Fleet, Replica, Unreadable
-from megatron_sip.teacher.logprobs import ask_probabilities
+from megatron_sip.teacher.lists import CHATS, ask_all
+from megatron_sip.teacher.logprobs import logprob_request, read_logprobs
 from megatron_sip.teacher.questions import CHOICES, Question, coin, fill, load_template, make_fence
 from megatron_sip.teacher.strategies import Pair, Strategy, make_strategy, seeded_draw
 
@@ -82,7 +82,7 @@ class VerdictJudge:
     async def _judge_each(self, pool: Pool, texts: list[str], fence: str) -> tuple[Criterion, dict[str, Any]]:
         shared = {"prefix": pool.prefix_text, "reference": pool.original_text} if self._section.kind == "factuality" else {}
         prompts = [fill(self._template, fence, candidate=text, **shared) for text in texts]
-        answers = await asyncio.gather(*(self._ask_samples(pool, prompt) for prompt in prompts))
+        answers = await self._ask_samples(prompts)
         kind = self._section.kind
         values = [[math.fsum(VALUES[kind][choice] * p for choice, p in _probabilities(answer).items()) for answer in some if answer is not None]
                   for some in answers]
@@ -98,7 +98,7 @@ class VerdictJudge:
         strategy, comparisons = self._strategy(pool, texts), []
         found: dict[Pair, float | None] = {}
         while pairs := strategy.next_pairs(found):
-            some = await asyncio.gather(*(self._compare(pool, texts, i, j, fence) for i, j in pairs))
+            some = await self._compare(pool, texts, pairs, fence)
             found |= {(one.first, one.second): one.share for one in some}
             comparisons += some
         asked, answered = [0] * len(texts), [0] * len(texts)
@@ -120,26 +120,31 @@ class VerdictJudge:
         except ValueError as error:
             raise TeacherError(f"teacher.judges, {self._name}, {pool.pair}: {error}") from None
 
-    async def _compare(self, pool: Pool, texts: list[str], i: int, j: int, fence: str) -> Comparison:
-        swapped = coin(self._seed, self._name, pool.pair, texts[i], texts[j])
-        orders = [(i, j), (j, i)] if self._section.order == "both" else [(j, i) if swapped else (i, j)]
-        prompts = [fill(self._template, fence, prefix=pool.prefix_text, candidate_a=texts[a], candidate_b=texts[b]) for a, b in orders]
-        answers = await asyncio.gather(*(self._ask_samples(pool, prompt) for prompt in prompts))
-        shares = [[None if answer is None else _probabilities(answer).get("A", 0.0) for answer in some] for some in answers]
-        seen = [share for some in shares for share in some if share is not None]
-        self._note(pair_answers=len(seen), a_answers=sum(1.0 if share > 0.5 else 0.5 if share == 0.5 else 0.0 for share in seen))
-        wins = [tuple(share if share is None or a == i else 1.0 - share for share in some) for (a, _), some in zip(orders, shares)]
-        return Comparison(i, j, tuple(wins))
+    async def _compare(self, pool: Pool, texts: list[str], pairs: Sequence[Pair], fence: str) -> list[Comparison]:
+        shown = [(i, j, a, b) for i, j in pairs for a, b in self._orders(pool, texts, i, j)]
+        prompts = [fill(self._template, fence, prefix=pool.prefix_text, candidate_a=texts[a], candidate_b=texts[b]) for *_, a, b in shown]
+        wins: dict[Pair, list[tuple[float | None, ...]]] = {pair: [] for pair in pairs}
+        for (i, j, a, _), answers in zip(shown, await self._ask_samples(prompts)):
+            shares = [None if answer is None else _probabilities(answer).get("A", 0.0) for answer in answers]
+            seen = [share for share in shares if share is not None]
+            self._note(pair_answers=len(seen), a_answers=sum(1.0 if share > 0.5 else 0.5 if share == 0.5 else 0.0 for share in seen))
+            wins[i, j].append(tuple(share if share is None or a == i else 1.0 - share for share in shares))
+        return [Comparison(i, j, tuple(wins[i, j])) for i, j in pairs]
+
+    def _orders(self, pool: Pool, texts: list[str], i: int, j: int) -> list[Pair]:
+        """Who is shown as A, who as B."""
+        if self._section.order == "both":
+            return [(i, j), (j, i)]
+        return [(j, i) if coin(self._seed, self._name, pool.pair, texts[i], texts[j]) else (i, j)]
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    async def _ask_samples(self, pool: Pool, prompt: str) -> tuple[Answer | None, ...]:
-        """Ask ``samples`` times. One request each, so that one unreadable answer costs one answer."""
-        question = Question(prompt, CHOICES[self._section.kind])
-        if self._section.use_logprobs:
-            return (await ask_probabilities(self._fleet, self._model, question),)
-        return tuple(await asyncio.gather(*(ask_verdict(self._fleet, self._model, self._section, question)
-                                            for _ in range(self._section.samples))))
+    async def _ask_samples(self, prompts: Sequence[str]) -> list[tuple[Answer | None, ...]]:
+        """The answers of each prompt, ``samples`` of them (by log-probabilities one)."""
+        choices, samples = CHOICES[self._section.kind], 1 if self._section.use_logprobs else self._section.samples
+        questions = [Question(prompt, choices) for prompt in prompts for _ in range(samples)]
+        answers = await ask_verdicts(self._fleet, self._model, self._section, questions)
+        return [tuple(answers[at : at + samples]) for at in range(0, len(answers), samples)]
 
     def _note(self, **counts: float) -> None:
         for name, amount in counts.items():
@@ -150,13 +155,28 @@ class VerdictJudge:
         return Criterion(self._name, self._section.weight, _spread(pool, texts, values), _spread(pool, texts, answered), flips, trials)
 
 
-async def ask_verdict(fleet: Fleet, model: str, section: JudgeSection, question: Question) -> str | None:
-    """One answer to one question: a verdict of ``question.choices`` or ``None``."""
+async def ask_verdicts(fleet: Fleet, model: str, section: JudgeSection, questions: Sequence[Question]) -> list[Answer | None]:
+    """One answer to each question: a verdict of its choices, with ``use_logprobs`` the probability of each; ``None`` for no answer.
 
-    def read(data: Any, replica: Replica) -> str:
+    All questions have the same choices.
+    """
+
+    def request(question: Question, replica: Replica) -> dict[str, Any]:
+        if section.use_logprobs:
+            return logprob_request(model, question, replica.dialect)
+        return verdict_request(model, section, question, replica.dialect)
+
+    def read(data: Any, replica: Replica, question: Question) -> Answer:
+        if section.use_logprobs:
+            return read_logprobs(data, question.choices)
         return read_verdict(data, replica.dialect, question.choices, section.reasoning)
 
-    return await fleet.ask("judge", "/chat/completions", lambda replica: verdict_request(model, section, question, replica.dialect), read)
+    return await ask_all(fleet, CHATS, questions, request, read, size=fleet.list_size)
+
+
+async def ask_verdict(fleet: Fleet, model: str, section: JudgeSection, question: Question) -> Answer | None:
+    """One answer to one question."""
+    return (await ask_verdicts(fleet, model, section, [question]))[0]
 
 
 def verdict_request(model: str, section: JudgeSection, question: Question, dialect: str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ log-probability, the first token of a text) counts in neither.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from typing import Any
 from megatron_sip.config import JudgeSection
 from megatron_sip.pool import Criterion, Pool
 from megatron_sip.teacher.fleet import Fleet, Replica, Unreadable
+from megatron_sip.teacher.lists import PROMPT_PAIRS, ask_all
 from megatron_sip.teacher.questions import defuse
 
 _COPIED, _REPEATED, _NOT_WRITTEN = 5.0, 3.0, 1.0  # nats per token
@@ -71,7 +71,7 @@ class LikelihoodJudge:
         """The criterion and what the audit file says about it."""
         guards = [guard(pool.prefix_text, c.text, self._section.max_prefix_overlap, self._section.max_repetition) for c in pool.candidates]
         texts = list(dict.fromkeys(c.text for c, g in zip(pool.candidates, guards) if not g.guarded))
-        found = dict(zip(texts, await asyncio.gather(*(measure(self._fleet, self._model, pool.prefix_text, text) for text in texts))))
+        found = dict(zip(texts, await measure(self._fleet, self._model, pool.prefix_text, texts)))
         likelihoods = [found.get(c.text) for c in pool.candidates]
         guards = [Guard(g.prefix_overlap, g.repetition, g.guarded or (x is not None and x.tokens == 0)) for g, x in zip(guards, likelihoods)]
         values = combine(likelihoods, guards, [len(c.token_ids) for c in pool.candidates])
@@ -81,10 +81,10 @@ class LikelihoodJudge:
         return Criterion(self._name, self._section.weight, values, answered), _detail(likelihoods, guards)
 
 
-async def measure(fleet: Fleet, model: str, prefix: str, suffix: str) -> Likelihood | None:
-    """Ask for both likelihoods of ``suffix``; ``None`` for no answer."""
-    body = request(model, prefix, suffix)
-    return await fleet.ask("judge", "/completions", lambda replica: body, read_likelihood)
+async def measure(fleet: Fleet, model: str, prefix: str, suffixes: Sequence[str]) -> list[Likelihood | None]:
+    """Both likelihoods of each suffix; ``None`` for no answer."""
+    return await ask_all(fleet, PROMPT_PAIRS, suffixes, lambda suffix, replica: request(model, prefix, suffix),
+                         lambda data, replica, suffix: read_likelihood(data), size=fleet.questions_per_request)
 
 
 def request(model: str, prefix: str, suffix: str) -> dict[str, Any]:

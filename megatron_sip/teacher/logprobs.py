@@ -20,7 +20,7 @@ from megatron_sip.teacher.questions import Question
 
 TOP_LOGPROBS = 20  # what servers give at most; three words have no more beginnings than that
 _LEAST_MASS = 0.5
-_PROBE = Question("Which letter is the first of the alphabet? A or B", ("A", "B"))
+PROBE = Question("Which letter is the first of the alphabet? A or B", ("A", "B"))
 
 
 def logprob_request(model: str, question: Question, dialect: str) -> dict[str, Any]:
@@ -59,12 +59,6 @@ def read_logprobs(data: Any, choices: Sequence[str]) -> dict[str, float]:
     return {choice: value / total for choice, value in mass.items()}
 
 
-async def ask_probabilities(fleet: Fleet, model: str, question: Question) -> dict[str, float] | None:
-    """One answer to one question; ``None`` for no answer."""
-    return await fleet.ask("judge", "/chat/completions", lambda replica: logprob_request(model, question, replica.dialect),
-                           lambda data, replica: read_logprobs(data, question.choices))
-
-
 async def lacks_logprobs(fleet: Fleet, replica: Replica, model: str, judges: Sequence[JudgeSection]) -> str | None:
     """What keeps ``replica`` from judging by log-probabilities, if any judge of the run does; ``None`` if nothing.
 
@@ -74,13 +68,13 @@ async def lacks_logprobs(fleet: Fleet, replica: Replica, model: str, judges: Seq
     if not any(section.use_logprobs for section in judges):
         return None
     remedy = "teacher.judges[].use_logprobs=true needs them: serve the model by vLLM, or set it to false"
-    status, data = await fleet.send(replica, "POST", "/chat/completions", logprob_request(model, _PROBE, replica.dialect))
+    status, data = await fleet.send(replica, "POST", "/chat/completions", logprob_request(model, PROBE, replica.dialect))
     if status in (400, 422):
         return f"teacher server {replica.url} refuses a question for log-probabilities (HTTP {status}: {data!s:.200}); {remedy}"
     if status != 200:
         raise ValueError(f"HTTP {status}: {data!s:.200}")
     try:
-        read_logprobs(data, _PROBE.choices)
+        read_logprobs(data, PROBE.choices)
     except Unreadable as error:
         return f"teacher server {replica.url} gives no usable log-probabilities of its answers ({error}); {remedy}"
     return None

@@ -11,6 +11,7 @@ class Meter:
     """Counts of one kind of question since they were last drained. ``more`` holds what else was noted, by name."""
 
     questions: int = 0
+    requests: int = 0
     no_answer: int = 0
     retries: int = 0
     refused: int = 0

@@ -12,8 +12,10 @@ from megatron_sip.config import JudgeSection
 from megatron_sip.teacher.fleet import Fleet, Replica, Unreadable
 from megatron_sip.teacher.judge import DIALECTS, read_verdict, verdict_request
 from megatron_sip.teacher.likelihood import read_likelihood, request
-from megatron_sip.teacher.logprobs import lacks_logprobs
+from megatron_sip.teacher.lists import CHATS
+from megatron_sip.teacher.logprobs import PROBE, lacks_logprobs, logprob_request, read_logprobs
 from megatron_sip.teacher.questions import Question
+from megatron_sip.teacher.transport import Fault
 
 KEY_VARIABLE = "SIP_TEACHER_API_KEY"
 # Nobody answers with one of these by chance: a server that does was held to its choices.
@@ -68,7 +70,28 @@ class Readiness:
                 return f"teacher server {replica.url}: {error}"
         if kinds == {"likelihood"}:
             return None  # asks for no verdicts: a model without a chat template will do
-        return await self._find_dialect(fleet, replica) or await lacks_logprobs(fleet, replica, self._model, self._judges)
+        problem = await self._find_dialect(fleet, replica) or await lacks_logprobs(fleet, replica, self._model, self._judges)
+        if problem is None and kinds and fleet.questions_per_request > 1:
+            replica.takes_lists = await self._takes_lists(fleet, replica)
+        return problem
+
+    async def _takes_lists(self, fleet: Fleet, replica: Replica) -> bool:
+        """Does it answer two conversations in one request? A server that does not is asked one by one."""
+        for by_logprobs in {section.use_logprobs for section in self._judges if section.kind != "likelihood"}:
+            body = logprob_request(self._model, PROBE, replica.dialect) if by_logprobs else verdict_request(
+                self._model, _PROBE_SECTION, _PROBE, replica.dialect)
+            try:
+                status, data = await fleet.send(replica, "POST", CHATS.list_path, CHATS.merge([body, body]))
+                if status != 200:
+                    return False
+                for one in CHATS.split(data, 2):
+                    if by_logprobs:
+                        read_logprobs(one, PROBE.choices)
+                    else:
+                        read_verdict(one, replica.dialect, _PROBE.choices, reasoning=False)
+            except (Fault, Unreadable):
+                return False
+        return True
 
     async def _find_dialect(self, fleet: Fleet, replica: Replica) -> str | None:
         """Set the first dialect, from the replica's on, whose answer is a verdict; words alone are trusted to any server that answers."""

@@ -26,6 +26,7 @@ class Replica:
         checked: it has passed a check.
         answers_as: the ``model`` of its answers in its first check; None: the name that is asked for.
         problem, lasting: what its last check found, and whether it will not pass by itself.
+        takes_lists: answers several conversations in one request, as vLLM's chat/completions/batch.
         echoes: its answers carry the request's id, as vLLM's do, so an answer to another request is found out.
     """
 
@@ -40,14 +41,17 @@ class Replica:
     checked: bool = False
     answers_as: str | None = None
     echoes: bool = False
+    takes_lists: bool = False
     problem: str | None = None
     lasting: bool = False
 
-    def room(self, concurrency: int, now: float) -> bool:
-        return not self.resting and now >= self.busy_until and self.outstanding < min(concurrency, self.limit)
+    def room(self, questions: int, concurrency: int, now: float) -> bool:
+        """For a request of so many questions. An idle server takes any list, or a long one would wait for a limit that grows with answers only."""
+        fits = self.outstanding == 0 or self.outstanding + questions <= min(concurrency, self.limit)
+        return not self.resting and now >= self.busy_until and fits
 
-    def grow(self, concurrency: int) -> None:
-        self.limit = min(concurrency, self.limit + 1)
+    def grow(self, questions: int, concurrency: int) -> None:
+        self.limit = min(concurrency, self.limit + questions)
 
     def leave_alone(self, seconds: float) -> None:
         self.busy_until = time.monotonic() + seconds

@@ -42,11 +42,12 @@ def models(*names: str) -> Reply:
 class Scripted:
     """``answer(path, body)`` is asked for each POST, from several threads; the answer to one may need its headers: ``headers`` has the last ones.
 
-    ``seen`` has the bodies, ``now`` and ``most`` the requests at once; ``stop()`` ends the server and breaks its connections."""
+    ``lists``: the path for lists of conversations is there. ``seen`` has the bodies, ``now`` and ``most`` the requests at once; ``stop()`` ends the server and breaks its connections."""
 
     answer: Callable[[str, dict[str, Any]], Reply]
     served: Reply = field(default_factory=lambda: models(MODEL))
     key: str | None = None
+    lists: bool = False
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
@@ -76,6 +77,9 @@ def serve(answer: Callable[[str, dict[str, Any]], Reply], port: int = 0, context
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path.endswith("/batch") and not script.lists:
+                self._send(Reply({"detail": "Not Found"}, 404))
+                return
             with lock:
                 script.seen.append(body)
                 script.headers = dict(self.headers)

@@ -332,13 +332,13 @@ def test_tokens_of_the_usage_field_are_counted_and_nonsense_there_is_not():
 
 def test_a_request_of_several_questions_counts_them_all():
     async def run():
-        with serve(lambda path, body: Reply({}, 400)) as server:
+        with serve(lambda path, body: Reply({}, 500)) as server:
             async with fleet_of(server.url) as fleet:
                 await fleet.ask("judge", "/chat/completions", lambda replica: {"model": MODEL}, lambda data, replica: data, questions=3)
                 return fleet.drain()["judge"]
 
     meter = asyncio.run(run())
-    assert meter.questions == 3 and meter.no_answer == 3 and meter.refused == 1
+    assert meter.questions == 3 and meter.no_answer == 3 and meter.requests == 3
 
 
 def test_a_program_error_while_asking_gives_the_slot_back():

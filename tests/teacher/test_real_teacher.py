@@ -77,7 +77,7 @@ def test_without_its_guard_the_likelihood_would_choose_the_copy(client, teacher_
 
     async def both():
         fleet = Fleet([teacher_server.url], teacher_server.key, concurrency=2, request_timeout=120, retries=0)
-        found = await asyncio.gather(*(measure(fleet, teacher_server.model, PREFIX, text) for text in (" " + PREFIX, REAL)))
+        found = await measure(fleet, teacher_server.model, PREFIX, [" " + PREFIX, REAL])
         await fleet.aclose()
         return found
 
@@ -116,6 +116,22 @@ def test_probabilities_of_verdicts_come_from_the_server(teacher_server, tmp_path
         assert criterion.values == pytest.approx(same.values, abs=1e-4)
     assert sum(scores.criteria[0].values) == pytest.approx(1.0)
     t.close()
+
+
+def test_lists_of_questions_say_what_single_questions_say(teacher_server, tmp_path):
+    """Verdicts, probabilities and likelihoods, in one request a judge."""
+    pool, judges = pool_of(REAL, " frogs frogs.", " It ate the bank."), [{"kind": "quality", "use_logprobs": True, "order": "both"}, {"kind": "likelihood"}]
+    found, requests = [], []
+    for size in (16, 1):
+        t = teacher(teacher_server, tmp_path, judges=judges, questions_per_request=size)
+        t.wait_ready()
+        t.metrics()
+        found.append(t.judge(pool).result(300))
+        requests.append(t.metrics()["judge/requests"])
+        t.close()
+    assert requests == [2, 9]
+    for together, alone in zip(found[0].criteria, found[1].criteria):
+        assert together.values == pytest.approx(alone.values, abs=1e-4)
 
 
 def test_a_control_token_in_the_corpus_stays_text(client):
