@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_sip.config import RunConfig
+from megatron_sip.policy.hf_folder import hf_config
 
 VOCAB = 32000  # as the Llama-2 tokenizer's; embeddings are tied
 # millions of parameters -> the shape that has as many
@@ -76,3 +77,13 @@ def random_ids(count: int, length: int, seed: int, vocab: int = VOCAB) -> np.nda
     """int64 [count, length], drawn like text: token i with a probability of about 1 / (i + 10)."""
     weights = 1.0 / (np.arange(vocab) + 10.0)
     return np.random.default_rng(seed).choice(vocab, (count, length), p=weights / weights.sum())
+
+
+def llama(config: RunConfig, vocab: int = VOCAB) -> Any:
+    """transformers' Llama of the same shape, newly initialised, with its fastest attention for a processor."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = hf_config(config, vocab)
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), attn_implementation="sdpa",
+                                            dtype=getattr(torch, config.model.params_dtype))
