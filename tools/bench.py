@@ -11,6 +11,8 @@
     python tools/bench.py train [--size 5 12.7 36 124] [--dtype float32 bfloat16]
     python tools/bench.py rollout [--size 5 12.7 36 124] [--dtype float32 bfloat16]
     python tools/bench.py step --tokenizer-model tokenizer.model [--trl-python PYTHON] [--rollouts 2 4 16]
+    python tools/bench.py sync [--size 5 12.7 36 124]
+    python tools/bench.py start --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py preference [--size 5 12.7 36 124] [--dtype float32 bfloat16]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
@@ -41,6 +43,8 @@ COMMANDS = {
     "train": ("train", "train"),
     "rollout": ("rollout", "rollout"),
     "step": ("step", "step"),
+    "sync": ("sync", "sync"),
+    "start": ("start", "start"),
     "preference": ("preference", "preference"),
 }
 
@@ -108,6 +112,12 @@ def main() -> int:
     found.add_argument("--rollouts", type=int, nargs="+", default=[2], metavar="K", help="TRL can do 2 only")
     found.add_argument("--prompts", type=int, default=16)
     found.add_argument("--steps", type=int, default=5)
+    found = commands.add_parser("sync", parents=[sizes, common], help="seconds to hand new weights to rollout servers and to the in-process sampler")
+    found.add_argument("--memory-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a file system in memory (default: %(default)s)")
+    found = commands.add_parser("start", parents=[common], help="seconds from the command to the end of the first step, and what for")
+    found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run that needs no teacher, e.g. configs/tiny_cpu_ntp.yaml")
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     module, function = COMMANDS[options.command]
     measure = getattr(importlib.import_module(f"megatron_sip.benchmarks.{module}"), function)
