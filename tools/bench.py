@@ -13,6 +13,7 @@
     python tools/bench.py step --tokenizer-model tokenizer.model [--trl-python PYTHON] [--rollouts 2 4 16]
     python tools/bench.py sync [--size 5 12.7 36 124]
     python tools/bench.py start --config CONFIG.yaml [section.key=value ...]
+    python tools/bench.py scaling [--size 12.7]
     python tools/bench.py preference [--size 5 12.7 36 124] [--dtype float32 bfloat16]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
@@ -44,6 +45,7 @@ COMMANDS = {
     "rollout": ("rollout", "rollout"),
     "step": ("step", "step"),
     "sync": ("sync", "sync"),
+    "scaling": ("scaling", "scaling"),
     "start": ("start", "start"),
     "preference": ("preference", "preference"),
 }
@@ -114,6 +116,10 @@ def main() -> int:
     found.add_argument("--steps", type=int, default=5)
     found = commands.add_parser("sync", parents=[sizes, common], help="seconds to hand new weights to rollout servers and to the in-process sampler")
     found.add_argument("--memory-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a file system in memory (default: %(default)s)")
+    found = commands.add_parser("scaling", parents=[sizes, common], help="steps an hour without rollouts and judge in several layouts on this machine")
+    found.add_argument("--pairs", type=int, default=16, help="of a step")
+    found.add_argument("--micro-batch-size", type=int, default=4)
+    found.add_argument("--steps", type=int, default=3)
     found = commands.add_parser("start", parents=[common], help="seconds from the command to the end of the first step, and what for")
     found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run that needs no teacher, e.g. configs/tiny_cpu_ntp.yaml")
     found.add_argument("--rounds", type=int, default=3)

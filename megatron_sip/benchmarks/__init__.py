@@ -11,6 +11,7 @@
     preference    the preference step: packed pairs against whole sequences
     step          whole steps of online DPO beside TRL's trainer
     rollout       the in-process sampler beside transformers' generate and vLLM
+    scaling       the preference step in several layouts
     sync          new weights for rollout servers
     start         from the command to the end of the first step
     overlap       judging beside training against a client that waits for the whole step

@@ -78,7 +78,8 @@ def _vllm(model: Any, size: str, dtype: str, options: argparse.Namespace, scratc
         return
     folder, positions = scratch / f"{size}-{dtype}", options.prefix_length + options.suffix_length
     model.save_pretrained(folder)
-    servers = LocalServers(str(folder), 1, log_dir=scratch, name="rollout", ready_timeout=300, env=server_environment(), probe=probe(),
+    room = {"VLLM_CPU_KVCACHE_SPACE": "4"}  # gigabytes: all sequences at once
+    servers = LocalServers(str(folder), 1, log_dir=scratch, name="rollout", ready_timeout=300, env={**server_environment(), **room}, probe=probe(),
                            extra_args=server_flags(max_model_len=positions, dtype=dtype))
     try:
         servers.start()
