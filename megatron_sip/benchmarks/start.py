@@ -22,7 +22,7 @@ def start(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "megatron_sip.train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=DEADLINE)
         helped = time.time() - began
         command = [sys.executable, "-c", _TIMELINE, repr(time.time()), "--config", str(options.config), *options.overrides, f"run.dir={scratch / str(number)}",
-                   "log.wandb=disabled", "train.train_iters=1", "train.eval_interval=0", "checkpoint.interval=0"]
+                   "log.wandb=disabled", "train.train_iters=1", "optimizer.lr_warmup_iters=0", "train.eval_interval=0", "checkpoint.interval=0"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
         if done.returncode:
             raise SystemExit(f"training ended with {done.returncode}:\n{done.stderr[-2000:]}")
