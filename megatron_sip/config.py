@@ -201,6 +201,7 @@ class ObjectiveSection(Section):
     dpo_weight: float = Field(1.0, ge=0, description="Weight of the online DPO loss (1 with nll_weight 0 is online DPO).")
     nll_on: Literal["suffix", "all"] = Field("suffix", description="suffix: prefix tokens carry no loss; all: prefix and suffix (plain next-token prediction).")
     beta: float = Field(0.1, gt=0, description="DPO inverse temperature.")
+    shared_prefix: bool | Literal["auto"] = Field("auto", description="Compute the prefix once for chosen and rejected, and logits only where they are needed; false runs whole sequences. auto: true but for context parallelism and Transformer Engine's attention.")
     reference: Literal["none", "frozen", "synced"] = Field("synced", description="DPO reference: none (its log-probabilities count as 0), the frozen initial policy, or a copy re-synced every `reference_sync_interval` steps.")
     reference_sync_interval: int = Field(100, ge=1, description="Steps between copies of the policy into a synced reference.")
 
@@ -378,6 +379,9 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         divides("data.prefix_length + data.suffix_length", config.seq_length,
                 "tensor_model_parallel_size" if cp == 1 else f"tensor x context parallel size = {tp} x {cp}", tp * cp,
                 "sequence parallel splits the sequence evenly: change the lengths")
+    if cp > 1 and config.objective.shared_prefix is True:
+        problems.append("objective.shared_prefix=true packs whole sequences, and context parallel ranks hold pieces of them; set it to auto or "
+                        "parallel.context_parallel_size=1")
     problems += _overlap_problems(parallel) + _recompute_problems(parallel)
     if config.pool.rollouts and config.rollout.engine == "in_process" and replica > 1 and not config.debug.replaying:
         problems.append(f"rollout.engine=in_process samples within one process, but {names} parallel size = {sizes} = {replica}; "

@@ -10,6 +10,13 @@
     python tools/bench.py fleet [--replicas 4] [--concurrency 64]
     python tools/bench.py judge --input TEXT.jsonl --model TEACHER_DIR
     python tools/bench.py beside --config CONFIG.yaml [--rate 400] [section.key=value ...]
+    python tools/bench.py train [--size 5 12.7 36 124] [--dtype float32 bfloat16]
+    python tools/bench.py rollout [--size 5 12.7 36 124] [--dtype float32 bfloat16]
+    python tools/bench.py step --tokenizer-model tokenizer.model [--trl-python PYTHON] [--rollouts 2 4 16]
+    python tools/bench.py sync [--size 5 12.7 36 124]
+    python tools/bench.py start --config CONFIG.yaml [section.key=value ...]
+    python tools/bench.py scaling [--size 12.7]
+    python tools/bench.py preference [--size 5 12.7 36 124] [--dtype float32 bfloat16]
 
 Machines are noisy: read medians and ratios, and look at the spread (the slowest and the fastest round). --json FILE keeps every number.
 """
@@ -38,6 +45,13 @@ COMMANDS = {
     "beside": ("fleet", "beside"),
     "judge": ("judge", "judge"),
     "overlap": ("overlap", "overlap"),
+    "train": ("train", "train"),
+    "rollout": ("rollout", "rollout"),
+    "step": ("step", "step"),
+    "sync": ("sync", "sync"),
+    "scaling": ("scaling", "scaling"),
+    "start": ("start", "start"),
+    "preference": ("preference", "preference"),
 }
 
 
@@ -102,6 +116,38 @@ def main() -> int:
     found.add_argument("--replicas", type=int, default=2, metavar="N")
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--steps", type=int, default=12)
+    found.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--size", nargs="+", choices=("5", "12.7", "36", "124"), default=["12.7"], help="millions of parameters (default: 12.7)")
+    sizes.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    sizes.add_argument("--rounds", type=int, default=3)
+    sizes.add_argument("--prefix-length", type=int, default=128, metavar="N")
+    sizes.add_argument("--suffix-length", type=int, default=128, metavar="N")
+    found = commands.add_parser("preference", parents=[sizes, common], help="forward and backward of pairs: packed against whole sequences, speed and peak memory")
+    found.add_argument("--pairs", type=int, default=8, help="in one microbatch")
+    found = commands.add_parser("train", parents=[sizes, common], help="forward and backward of next-token training beside transformers' Llama")
+    found.add_argument("--sequences", type=int, default=8, help="in one microbatch")
+    found = commands.add_parser("rollout", parents=[sizes, common], help="tokens a second of the in-process sampler beside transformers and a vLLM server")
+    found.add_argument("--prefixes", type=int, default=32)
+    found.add_argument("--rollouts", type=int, default=16, help="of each prefix")
+    found.add_argument("--batch-size", type=int, default=512, help="rollouts that the sampler decodes together (rollout.batch_size)")
+    found.add_argument("--hf-batch-size", type=int, default=512, help="sequences that transformers decodes together")
+    found.add_argument("--without-vllm", action="store_true", help="leave out the peer that takes a minute to start")
+    found = commands.add_parser("step", parents=[sizes, common], help="steps an hour of online DPO beside TRL's trainer")
+    found.add_argument("--tokenizer-model", type=Path, required=True, metavar="FILE")
+    found.add_argument("--trl-python", metavar="COMMAND", help="an interpreter that can import trl 1.16.0, e.g. of a virtual environment of its own")
+    found.add_argument("--rollouts", type=int, nargs="+", default=[2], metavar="K", help="TRL can do 2 only")
+    found.add_argument("--prompts", type=int, default=16)
+    found.add_argument("--steps", type=int, default=5)
+    found = commands.add_parser("sync", parents=[sizes, common], help="seconds to hand new weights to rollout servers and to the in-process sampler")
+    found.add_argument("--memory-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a file system in memory (default: %(default)s)")
+    found = commands.add_parser("scaling", parents=[sizes, common], help="steps an hour without rollouts and judge in several layouts on this machine")
+    found.add_argument("--pairs", type=int, default=16, help="of a step")
+    found.add_argument("--micro-batch-size", type=int, default=4)
+    found.add_argument("--steps", type=int, default=3)
+    found = commands.add_parser("start", parents=[common], help="seconds from the command to the end of the first step, and what for")
+    found.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run that needs no teacher, e.g. configs/tiny_cpu_ntp.yaml")
+    found.add_argument("--rounds", type=int, default=3)
     found.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     module, function = COMMANDS[options.command]

@@ -3,6 +3,7 @@
 
     python tools/plan_run.py CONFIG [section.key=value ...] [--gpu H100] [--trainer-gpus N] [--judge-parameters 8e9] [--simulate 12] [--json]
     python tools/plan_run.py CONFIG --measured RUN/metrics.jsonl          # rates of your machine instead of data sheets
+    python tools/plan_run.py CONFIG --phases                              # FLOPs, bytes and bottleneck of each phase
     python tools/plan_run.py CONFIG --check RUN/metrics.jsonl [OTHER/metrics.jsonl]
 
 Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other two steps of a
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import ConfigError, load_config  # noqa: E402
-from megatron_sip.planning import PlanError, backtest, measured, report  # noqa: E402
+from megatron_sip.planning import PlanError, backtest, measured, phases, report  # noqa: E402
 from megatron_sip.planning.hardware import GPUS, Assumptions  # noqa: E402
 from megatron_sip.planning.plan import Options, make_plan  # noqa: E402
 
@@ -57,6 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     rates.add_argument("--simulate", type=int, default=0, metavar="STEPS",
                        help="run so many steps of the planned fleet as a discrete-event simulation")
     rates.add_argument("--seed", type=int, default=1, help="of the simulation")
+    parser.add_argument("--phases", action="store_true", help="print FLOPs, bytes and bottleneck of each phase of a step on the trainer's kind of GPU instead")
     parser.add_argument("--json", action="store_true", help="print plain values")
     assumptions = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):
@@ -80,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
             return check(found.check, config, Options(assume=assume, judge_parameters=found.judge_parameters))
         rates = measured.read_rates(found.measured, config, scale=scale) if found.measured else None
         plan = make_plan(config, Options(**options, measured=rates, assume=assume))
+        if found.phases:
+            print(phases.as_table(plan))
+            return 0
         checks = {staleness: report.simulated(plan, staleness, found.simulate, found.seed) for staleness in (0, 1)} if found.simulate else {}
     except (ConfigError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)

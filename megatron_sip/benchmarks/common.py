@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +41,22 @@ def timed(command: list[object], folder: Path = ROOT, watch: list[int] | None = 
             log.seek(0)
             raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{log.read().decode(errors='replace')[-2000:]}")
     return time.perf_counter() - started
+
+
+def alternate(peers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each peer's numbers in rounds, one after the other in each."""
+    found: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, measure in peers.items():
+            found[name].append(measure())
+    return found
+
+
+def line(name: str, values: list[float], unit: str, base: list[float], *, inverse: bool = False) -> str:
+    """Median with its spread, and the ratio to ``base`` (``inverse``: of it) where that is somebody else."""
+    median = statistics.median(values)
+    text = f"{name:>24}: {median:8.0f} {unit} ({min(values):.0f} - {max(values):.0f})"
+    if values is base:
+        return text
+    ratio = statistics.median(base) / median
+    return f"{text}, x{ratio if inverse else 1 / ratio:.2f}"

@@ -31,7 +31,10 @@ class Training:
 
 
 def training(work: Workload, shape: Shape, config: RunConfig) -> Training:
-    """FLOPs of forward, backward, the reference's forward, and what is computed again in the backward pass."""
+    """FLOPs of forward, backward, the reference's forward, and what is computed again in the backward pass. ``objective.shared_prefix=auto`` counts
+    as false: that is what it is with Transformer Engine, which plans assume."""
+    if config.objective.shared_prefix is True:
+        return _packed(work, shape, config)
     parallel, forward = config.parallel, shape.forward_flops(work.sequence / 2)
     tokens = work.rows * work.sequence
     attention = 4.0 * shape.layers * shape.heads * shape.head_size * work.sequence / 2
@@ -39,10 +42,30 @@ def training(work: Workload, shape: Shape, config: RunConfig) -> Training:
     if parallel.recompute_granularity == "selective":
         again = attention * tokens
     elif parallel.recompute_granularity == "full":
-        chunk = shape.layers / (parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size)
-        share = min(1.0, parallel.recompute_num_layers / chunk) if parallel.recompute_method == "block" else 1.0
-        again = share * (forward - 2.0 * shape.embedding) * tokens
+        again = _recomputed_share(shape, config) * (forward - 2.0 * shape.embedding) * tokens
     return Training(3.0 * forward * tokens, forward * work.reference_rows * work.sequence, again)
+
+
+def _packed(work: Workload, shape: Shape, config: RunConfig) -> Training:
+    """Pairs share their prefix; the output layer sees the positions that carry loss, and its logits are computed again in the backward pass."""
+    pairs, paired = config.train.global_batch_size, work.rows > config.train.global_batch_size
+    continuations, prefix, suffix = (2 if paired else 1), work.prefix, work.suffix
+    states = pairs * (prefix + continuations * suffix)
+    needed = pairs * (continuations * suffix + (prefix if config.objective.nll_on == "all" else 0))
+    attended = pairs * (prefix * prefix / 2 + continuations * suffix * (prefix + suffix / 2))
+    head = 2.0 * shape.embedding * needed
+    attention = 4.0 * shape.layers * shape.heads * shape.head_size * attended
+    layers = 2.0 * (shape.multiplied - shape.embedding) * states + attention
+    share = _recomputed_share(shape, config)
+    again = {None: 0.0, "selective": attention, "full": share * layers}[config.parallel.recompute_granularity]
+    return Training(3.0 * (layers + head), layers + head if work.reference_rows else 0.0, again + head)
+
+
+def _recomputed_share(shape: Shape, config: RunConfig) -> float:
+    """Of the layers, with ``recompute_granularity=full``."""
+    parallel = config.parallel
+    chunk = shape.layers / (parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size)
+    return min(1.0, parallel.recompute_num_layers / chunk) if parallel.recompute_method == "block" else 1.0
 
 
 def training_seconds(cost: Training, config: RunConfig, gpus: int, data_parallel: int, gpu: Gpu, assume: Assumptions) -> float:

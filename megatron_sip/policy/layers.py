@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sip.policy.context_parallel import causal_mask, gather_keys_and_values
+from megatron_sip.policy.shared_prefix import shared_prefix_attention
 
 
 class RMSNorm(torch.nn.Module):
@@ -38,7 +39,8 @@ class RMSNorm(torch.nn.Module):
 class CausalAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v with a causal mask, through torch's scaled_dot_product_attention. Grouped queries share keys.
 
-    Under context parallelism queries stay where they are and keys and values are gathered.
+    Under context parallelism queries stay where they are and keys and values are gathered. What Megatron hands through all layers as
+    attention mask is None, or the two lengths of sequences that share a prefix (``shared_prefix``).
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
@@ -56,11 +58,19 @@ class CausalAttention(torch.nn.Module):
                 packed_seq_params: Any = None) -> torch.Tensor:
         """[s, b, heads, d], [s, b, groups, d] twice -> [s, b, heads * d], s being this rank's part of the sequence.
 
+        Args:
+            attention_mask: None, or int64 [2] on the CPU: tokens of the prefix and of each continuation.
+
         Raises:
-            ValueError: for a mask, a bias or packed sequences, which would otherwise be silently ignored.
+            ValueError: for another mask, a bias or packed sequences, which would otherwise be silently ignored.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("CausalAttention takes no attention mask, bias or packed sequences; pass attention_mask=None")
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("CausalAttention takes no bias and no packed sequences")
+        if attention_mask is not None:
+            if attention_mask.shape != (2,) or self.cp_group.size() > 1:
+                raise ValueError("CausalAttention takes the lengths of prefix and continuation instead of a mask, and none under context parallelism; "
+                                 "pass attention_mask=None")
+            return shared_prefix_attention(query, key, value, *attention_mask.tolist(), self.softmax_scale)
         mask = None
         if self.cp_group.size() > 1:
             key, value = gather_keys_and_values(key, value, self.cp_group)

@@ -2,6 +2,7 @@
 
 In: tokens and labels [B, S] (labels[t] is the token that follows tokens[t]), whole sequences in every layout.
 Out: from the last chunk of the last pipeline stage per-token cross entropy [B, S] (fp32), elsewhere hidden states for the next.
+With ``needed`` tokens may be laid out otherwise (``training.packing``), and logits exist only where a loss or a log-probability needs them.
 
 A rank holds one chunk of the stack of layers, or several under the interleaved schedule. :class:`Policy` is the chunks of a
 rank, and has the verbs that the rest of the project needs; Megatron's schedule runs the chunks.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sip.config import RunConfig
 from megatron_sip.policy import runtime as runtime_module
 from megatron_sip.policy.context_parallel import gather_sequence, split_sequence
+from megatron_sip.policy.linear_cross_entropy import linear_cross_entropy
 from megatron_sip.policy.runtime import Runtime
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,21 +86,43 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
+@dataclass(frozen=True)
+class Needed:
+    """The positions whose cross entropy is needed, n of them, and where it goes.
+
+    Attributes:
+        source: int64 [n], position * B + row, in the tokens that the model runs.
+        target: int64 [n], row * length + position, in what it returns.
+        labels: int64 [n].
+        shape: (rows, length) of what it returns; cross entropy is 0 where none is needed.
+    """
+
+    source: Tensor
+    target: Tensor
+    labels: Tensor
+    shape: tuple[int, int]
+
+
 class Chunk(GPTModel):
     """A part of the stack of layers: GPTModel that knows its unpadded vocabulary and runs a reference model alongside.
 
     Attributes:
         true_vocab_size: tokens that exist; the padding above them never gets probability.
+        shares_prefix: its attention takes sequences that share a prefix.
         reference: the same chunk of the reference, or None. Not a submodule: it is no parameter,
             in no state dict and in no gradient reduction.
         reference_active: run the reference in the next forward passes.
     """
 
-    def __init__(self, config: TransformerConfig, *, true_vocab_size: int, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)
-        self.true_vocab_size = true_vocab_size
+    def __init__(self, config: TransformerConfig, *, true_vocab_size: int, shares_prefix: bool, **kwargs: Any) -> None:
+        spec = runtime_module.transformer_impl_specs(config, kwargs["vp_stage"], own_attention=shares_prefix)
+        super().__init__(config, spec, **kwargs)
+        self.true_vocab_size, self.shares_prefix = true_vocab_size, shares_prefix
         self.reference_active = False
         self.set_reference(None)
+        self._needed: Needed | None = None
+        self._positions: Tensor | None = None
+        self.rotary_pos_emb.register_forward_hook(lambda rotary, args, embedding: embedding if self._positions is None else embedding[self._positions])
 
     def set_reference(self, chunk: Chunk | None) -> None:
         object.__setattr__(self, "reference", chunk)  # Module.__setattr__ would register it as a submodule
@@ -111,16 +137,20 @@ class Chunk(GPTModel):
         super().set_input_tensor(tensor)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None,
-                **kwargs: Any) -> Tensor:
+                needed: Needed | None = None, **kwargs: Any) -> Tensor:
         """This chunk's part of a pass.
 
         Args:
-            tokens, position_ids, labels: [B, S]. Without labels the last chunk returns logits [B, S, vocab shard].
-            attention_mask: None; attention is causal.
+            tokens, position_ids, labels: [B, S]. Without labels and ``needed`` the last chunk returns logits [B, S, vocab shard].
+            attention_mask: None: attention is causal; or the lengths of a shared prefix and its continuations (``layers.CausalAttention``).
+                Then the rotary positions are those of the first row of ``position_ids``.
+            needed: return cross entropy [rows, length] of these positions only; not under context parallelism.
 
         Raises:
             RuntimeError: ``reference_active`` without a reference.
         """
+        for chunk in (self, self.reference) if self.reference_active and self.reference is not None else (self,):
+            chunk._needed, chunk._positions = needed, None if attention_mask is None else position_ids[0]
         group = self.pg_collection.cp
         tokens, position_ids = split_sequence(tokens, group), split_sequence(position_ids, group)
         labels = None if labels is None else split_sequence(labels, group)
@@ -139,6 +169,23 @@ class Chunk(GPTModel):
         if self.post_process and labels is None:
             self._mask_padding(output)
         return output
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not self.post_process or self._needed is None:
+            return super()._postprocess(hidden_states, **kwargs)
+        needed, group = self._needed, self.pg_collection.tp
+        for hook in self.output_layer._forward_pre_hooks.values():  # its weights arrive (parallel.overlap_param_gather), as if it were called
+            hook(self.output_layer, ())
+        # Backwards each rank's part of the gradient, from its part of the vocabulary, is summed.
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        real = min(max(self.true_vocab_size - group.rank() * weight.size(0), 0), weight.size(0))
+        token_ce = linear_cross_entropy(hidden_states.flatten(0, 1).index_select(0, needed.source), weight, needed.labels, real, group)
+        rows, length = needed.shape
+        return token_ce.new_zeros(rows * length).index_copy(0, needed.target, token_ce).view(rows, length)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the real vocabulary: labels [B, s], logits [s, B, vocab shard] -> [B, s] in fp32."""
@@ -179,6 +226,11 @@ class Policy(torch.nn.ModuleList):
     @property
     def true_vocab_size(self) -> int:
         return self[0].true_vocab_size
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Pairs are packed and logits computed where they are needed (``objective.shared_prefix``)."""
+        return self[0].shares_prefix
 
     @property
     def reference(self) -> Policy | None:
@@ -233,7 +285,7 @@ def build_policy(config: RunConfig, runtime: Runtime, vocab_size: int) -> Policy
     """This rank's part of the policy, newly initialised, on the runtime's device."""
     return _build(transformer_config(config), padded_vocab_size(config, vocab_size), vocab_size, runtime.device, dict(
         max_sequence_length=config.model.max_position_embeddings,
-        rotary_base=config.model.rotary_base,
+        rotary_base=config.model.rotary_base, shares_prefix=runtime_module.shares_prefix(config),
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
     ))
 
@@ -244,7 +296,7 @@ def _build(config: TransformerConfig, padded: int, vocab_size: int, device: torc
     for stage in [None] if virtual is None else range(virtual):
         chunks.append(Chunk(
             config, true_vocab_size=vocab_size, vocab_size=padded,
-            transformer_layer_spec=runtime_module.transformer_impl_specs(config, stage), position_embedding_type="rope", parallel_output=True,
+            position_embedding_type="rope", parallel_output=True,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage), vp_stage=stage, **shape,
         ).to(device))
@@ -258,7 +310,7 @@ def _like(policy: Policy) -> Policy:
     config.recompute_granularity = None  # nothing is kept for a backward pass
     chunk = policy[0]
     model = _build(config, policy.vocab_size, policy.true_vocab_size, next(policy.parameters()).device, dict(
-        max_sequence_length=chunk.max_sequence_length, rotary_base=chunk.rotary_base,
+        max_sequence_length=chunk.max_sequence_length, rotary_base=chunk.rotary_base, shares_prefix=chunk.shares_prefix,
         share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
     ))
     return model.requires_grad_(False).eval()

@@ -168,10 +168,20 @@ def transformer_engine_available() -> bool:
     return True
 
 
-def transformer_impl_specs(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of one chunk of this pipeline stage: Transformer Engine's where it runs, else Megatron's own with our norm and attention core."""
+def shares_prefix(config: RunConfig) -> bool:
+    """What ``objective.shared_prefix`` comes to here. With Transformer Engine it was never run, so it is not chosen by itself."""
+    setting = config.objective.shared_prefix
+    return setting if setting != "auto" else config.parallel.context_parallel_size == 1 and not transformer_engine_available()
+
+
+def transformer_impl_specs(config: TransformerConfig, vp_stage: int | None, *, own_attention: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """Layers of one chunk of this pipeline stage: Transformer Engine's where it runs (``own_attention``: but for the attention core), else
+    Megatron's own with our norm and attention core."""
     if transformer_engine_available():
-        return get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        if own_attention:
+            spec.submodules.self_attention.submodules.core_attention = CausalAttention
+        return spec
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

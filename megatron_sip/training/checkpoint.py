@@ -44,7 +44,7 @@ from megatron_sip.training.checkpoint_files import CheckpointError
 # Settings that may differ between a checkpoint and the run that resumes it: they change where things are or how fast, not what is trained.
 _FREE = (
     "run.dir", "run.name", "parallel.", "train.exit_after", "train.eval_interval", "train.eval_pairs", "train.order",
-    "train.micro_batch_size", "train.bad_step", "train.max_bad_steps", "train.loss_spike_factor", "train.stop_patience", "model.init_from", "rollout.engine", "rollout.batch_size", "rollout.urls", "rollout.num_servers",
+    "train.micro_batch_size", "objective.shared_prefix", "train.bad_step", "train.max_bad_steps", "train.loss_spike_factor", "train.stop_patience", "model.init_from", "rollout.engine", "rollout.batch_size", "rollout.urls", "rollout.num_servers",
     "rollout.api_key_file", "rollout.sync_dir", "rollout.ready_timeout", "rollout.request_timeout", "rollout.logprob_tolerance",
     "teacher.urls", "teacher.replicas_file", "teacher.hedge_after", "teacher.rewriter.urls", "teacher.rewriter.replicas_file",
     "teacher.rewriter.api_key_file", "teacher.num_servers", "teacher.port", "teacher.api_key_file", "teacher.max_model_len", "teacher.tensor_parallel_size",

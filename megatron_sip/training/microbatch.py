@@ -55,13 +55,13 @@ class Microbatch:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return cls(**{f.name: arrays[f.name] for f in fields(cls)})
 
-    def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """tokens, labels, position_ids: int64 [rows, S]."""
+    def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """Whole sequences: tokens, labels, position_ids int64 [rows, S]; attention is causal."""
         tokens = torch.from_numpy(self.tokens).to(device, non_blocking=True)
         labels = torch.zeros_like(tokens)
         labels[:, :-1] = tokens[:, 1:]
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        return {"tokens": tokens, "labels": labels, "position_ids": positions}
+        return {"tokens": tokens, "labels": labels, "position_ids": positions, "attention_mask": None}
 
     def loss_inputs(self, device: torch.device) -> LossInputs:
         def move(array: np.ndarray) -> torch.Tensor:

@@ -20,10 +20,12 @@ from megatron_sip.data.pairs import Pair, Pairs
 from megatron_sip.objective.blend import blend_loss
 from megatron_sip.policy.model import DataParallel, Policy, finalize_gradients
 from megatron_sip.policy.runtime import Runtime
+from megatron_sip.policy.shared_prefix import packed_length
 from megatron_sip.pool import ORIGINAL, Candidate, Dropped, Preference
 from megatron_sip.training.exchange import Exchange
 from megatron_sip.training.metrics import merge_sums
 from megatron_sip.training.microbatch import Microbatch, collate
+from megatron_sip.training.packing import packed_inputs
 from megatron_sip.training.plan import StepPlan
 
 
@@ -63,8 +65,7 @@ class Schedule:
             return collate(take(train.micro_batch_size), data.prefix_length, data.suffix_length, paired=plan.paired, nll_on=plan.nll_on)
 
         batches = self._exchange.microbatches(f"train-{step}", self.microbatches, make)
-        rows = train.micro_batch_size * (2 if plan.paired else 1)
-        return self._run(batches, self.microbatches, rows, forward_only=False)
+        return self._run(batches, self.microbatches, paired=plan.paired, forward_only=False)
 
     def drop_gradients(self) -> None:
         self._model.zero_grad_buffer()
@@ -92,34 +93,39 @@ class Schedule:
         self._model.eval()
         count = share // train.micro_batch_size
         with torch.no_grad():
-            parts = self._run(self._exchange.microbatches(f"eval-{step}", count, make), count, train.micro_batch_size, forward_only=True)
+            parts = self._run(self._exchange.microbatches(f"eval-{step}", count, make), count, paired=False, forward_only=True)
         self._model.train()
         return {f"eval {key}": value for key, value in merge_sums(parts).items() if key in ("loss/nll", "n/valid")}
 
-    def _run(self, batches: Iterator[Microbatch], count: int, rows: int, *, forward_only: bool) -> list[dict[str, float]]:
-        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, rows, forward_only=forward_only)
+    def _run(self, batches: Iterator[Microbatch], count: int, *, paired: bool, forward_only: bool) -> list[dict[str, float]]:
+        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only)
         return [{key: value.item() for key, value in part.items()} for part in parts]
 
 
 def forward_backward(config: RunConfig, runtime: Runtime, policy: Policy, model: DataParallel, batches: Iterator[Microbatch], count: int,
-                     rows: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
-    """Run ``count`` microbatches of ``rows`` sequences each; every rank of the replica calls it.
+                     *, paired: bool, forward_only: bool) -> list[dict[str, Tensor]]:
+    """Run ``count`` microbatches of ``train.micro_batch_size`` pairs (``paired``) or chosen sequences; every rank of the replica calls it.
 
     Returns:
         Per microbatch the sums of :func:`blend_loss`; empty but on the last pipeline stage. Tensor and context parallel ranks
         of that stage return the same.
     """
-    device, has_reference = runtime.device, policy.reference_active
+    device, has_reference, data, parallel = runtime.device, policy.reference_active, config.data, config.parallel
+    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    rows, length = config.train.micro_batch_size * (2 if paired else 1), config.seq_length
+    if paired and policy.shares_prefix:
+        rows, length = config.train.micro_batch_size, packed_length(data.prefix_length, data.suffix_length, multiple)
 
     def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module):
         batch = next(iterator)
-        token_ce = chunk(attention_mask=None, **batch.model_inputs(device))
+        inputs = packed_inputs(batch, data.prefix_length, data.suffix_length, multiple, device) if policy.shares_prefix else batch.model_inputs(device)
+        token_ce = chunk(**inputs)
         return token_ce, partial(blend_loss, inputs=batch.loss_inputs(device), objective=config.objective, has_reference=has_reference)
 
     chunks = list(model)
     iterators = list(itertools.tee(batches, len(chunks)))  # every chunk of a rank sees every microbatch
     return get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iterators, model=chunks, num_microbatches=count, seq_length=config.seq_length,
+        forward_step_func=forward_step, data_iterator=iterators, model=chunks, num_microbatches=count, seq_length=length,
         micro_batch_size=rows * (2 if has_reference else 1), forward_only=forward_only)
 
 

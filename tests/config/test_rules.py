@@ -241,6 +241,12 @@ _DISTRIBUTED, _OVERLAP = "parallel.use_distributed_optimizer=true", "parallel.ov
             "data.prefix_length + data.suffix_length = 256 is not divisible by tensor x context parallel size = 3 x 2 = 6 (remainder 4); "
             "sequence parallel splits the sequence evenly: change the lengths",
         ),
+        (
+            2,
+            [_CP2, "objective.shared_prefix=true"],
+            "objective.shared_prefix=true packs whole sequences, and context parallel ranks hold pieces of them; set it to auto or "
+            "parallel.context_parallel_size=1",
+        ),
         (1, [_VPP2], "parallel.virtual_pipeline_model_parallel_size = 2 needs pipeline_model_parallel_size > 1"),
         (
             2,

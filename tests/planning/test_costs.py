@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.config import load_config
-from megatron_sip.planning import PlanError, costs, memory, shapes
+from megatron_sip.planning import PlanError, costs, memory, phases, shapes
 from megatron_sip.planning.hardware import GPUS, Assumptions, find_gpu
+from megatron_sip.planning.plan import Options, make_plan
 from megatron_sip.planning.workload import workload
 from megatron_sip.training.plan import plan_step
 
@@ -110,3 +111,32 @@ def test_size_of_a_judge_from_its_folder(tmp_path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(broken))
         with pytest.raises(PlanError, match="give --judge-parameters"):
             shapes.of_folder(tmp_path)
+
+
+def test_packed_pairs_read_the_prefix_once_and_only_suffixes_reach_the_output_layer() -> None:
+    config, work, shape = setup("scratch_1b", "objective.shared_prefix=true", "data.prefix_length=384")
+    layers, head = 2 * 24 * shape.layer_parameters, 2 * 32000 * 2048
+    attended = 384 * 384 / 2 + 2 * 128 * (384 + 64)
+    body = 256 * ((384 + 2 * 128) * (layers + 2 * 2048) + 4 * 24 * 2048 * attended)
+    cost = costs.training(work, shape, config)
+    assert cost.forward_backward == pytest.approx(3 * (body + 512 * 128 * head))
+    assert cost.reference == pytest.approx(body + 512 * 128 * head)
+    assert cost.recompute == pytest.approx(512 * 128 * head)  # logits again, block by block
+    auto = costs.training(work, shape, setup("scratch_1b", "data.prefix_length=384")[0])
+    assert cost.flops < 0.68 * auto.flops
+    config, work, shape = setup("scratch_1b", "objective.shared_prefix=true", "parallel.recompute_granularity=full",
+                                "parallel.recompute_method=block", "parallel.recompute_num_layers=6")
+    assert costs.training(work, shape, config).recompute < costs.training(work, shape, config).forward_backward / 3
+
+
+def test_phases_of_a_step_add_up_and_name_the_bottleneck() -> None:
+    for shared in ("false", "true"):
+        config = load_config(CONFIGS / "continual_quality.yaml", [f"objective.shared_prefix={shared}", "rollout.batch_size=4096"])
+        plan = make_plan(config, Options(judge_parameters=8e9))
+        found = {one.name: one for one in phases.phases(plan)}
+        trained = sum(one.flops for name, one in found.items() if not name.startswith(("rollouts", "AdamW")))
+        assert trained == pytest.approx(plan.training.flops)
+        bound = {name: one.memory_bound(plan.gpu) for name, one in found.items()}
+        assert bound["rollouts, writing"] and bound["AdamW"] and not bound["policy layers, forward and backward"]
+        assert found["AdamW"].bytes == pytest.approx(30 * plan.policy.total)
+        assert "computed" in phases.as_table(plan)

@@ -13,6 +13,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron_sip.policy import context_parallel, layers, model, runtime
+from megatron_sip.training import packing
 from policy_judged import LAYOUTS, PREFIX, make_config
 from policy_layouts import replaced, run
 
@@ -54,6 +55,17 @@ def _contiguous_positions(embedding: torch.Tensor, seq_dim: int, group: Any) -> 
     return embedding.chunk(group.size(), dim=seq_dim)[group.rank()]
 
 
+def _sees_chosen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: int, suffix: int, scale: float | None) -> torch.Tensor:
+    """As if prefix, chosen and rejected were one text."""
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    context = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _running_positions(prefix: int, suffix: int, length: int) -> torch.Tensor:
+    return torch.arange(length)
+
+
 def _never_again(policy: model.Policy) -> None:
     if policy.reference is None:
         _sync(policy)
@@ -87,12 +99,15 @@ _start, _finish = BucketGroup.start_grad_sync, BucketGroup.finish_grad_sync
 # fault -> layout in which it shows, and what to replace by what
 BROKEN: dict[str, tuple[str, list[tuple[Any, str, Any]]]] = {
     "norm_without_sequence_parallel_mark": ("tp2_sp", [(runtime, "RMSNorm", _UnmarkedNorm)]),
-    "prefix_in_suffix_mask": ("dp2", [(policy_judged, "collate", _leaking_collate)]),
+    "prefix_in_suffix_mask": ("tp2_sp_plain", [(policy_judged, "collate", _leaking_collate)]),
     "pairs_of_one_rank_as_denominator": ("dp2", [(model, "finalize_gradients", _local_denominator)]),
     "pairs_counted_on_each_context_rank": ("cp2", [(model, "finalize_gradients", finalize_model_grads)]),
     "keys_without_gradient_reduction": ("cp2", [(context_parallel, "gather_from_sequence_parallel_region", _without_reduction)]),
     "contiguous_causal_mask": ("cp2", [(layers, "causal_mask", _contiguous_mask)]),
     "contiguous_rotary_positions": ("cp2", [(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _contiguous_positions)]),
+    "rejected_sees_chosen": ("tp2", [(layers, "shared_prefix_attention", _sees_chosen)]),
+    "positions_of_rejected_not_restarted": ("tp2", [(packing, "packed_positions", _running_positions)]),
+    "gradient_of_hidden_states_not_summed": ("tp2", [(model, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)]),
     "reference_not_synced": ("pp2_vpp2", [(model.Policy, "sync_reference", _never_again)]),
     "reference_gets_policys_states": ("pp2_vpp2", [(model.Chunk, "set_input_tensor", _reference_gets_policys_states)]),
     "gradients_not_awaited": ("dp2_overlap", [(BucketGroup, "start_grad_sync", _start_remembering),

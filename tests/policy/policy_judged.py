@@ -25,7 +25,7 @@ from megatron_sip.training.plan import plan_step
 from megatron_sip.training.schedule import forward_backward
 
 VOCAB = 130  # padded to 192 by one tensor parallel rank and to 256 by two
-PREFIX, SUFFIX, PAIRS, MICRO, STEPS = 10, 22, 8, 2, 3
+PREFIX, SUFFIX, PAIRS, MICRO, STEPS = 11, 21, 8, 2, 3  # packed 53 tokens, with sequence parallelism 54
 NLL_ONLY, NO_REFERENCE = {"dpo_weight": 0.0}, {"reference": "none"}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "nll_suffix": {**NLL_ONLY, **NO_REFERENCE},
@@ -43,10 +43,11 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 TP, PP, CP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}
 SP = {**TP, "sequence_parallel": True}
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
-ONE: dict[str, dict[str, Any]] = {"one": {}, "one_recompute": FULL, "one_selective": {"recompute_granularity": "selective"}}
+PLAIN = {"shared_prefix": False}  # a setting of the objective; "auto" packs pairs but for context parallel layouts
+ONE: dict[str, dict[str, Any]] = {"one": {}, "one_plain": PLAIN, "one_recompute": FULL, "one_selective": {"recompute_granularity": "selective"}}
 TWO: dict[str, dict[str, Any]] = {
     "tp2": TP, "tp2_sp": SP, "tp2_sp_recompute": {**SP, **FULL}, "pp2": PP, "pp2_vpp2": VPP, "cp2": CP,
-    "cp2_overlap_recompute": {**CP, **OVERLAP, **FULL}, "dp2": {}, "dp2_distributed": DISTRIBUTED, "dp2_overlap": OVERLAP,
+    "cp2_overlap_recompute": {**CP, **OVERLAP, **FULL}, "tp2_sp_plain": {**SP, **PLAIN}, "pp2_plain": {**PP, **PLAIN}, "dp2": {}, "dp2_distributed": DISTRIBUTED, "dp2_overlap": OVERLAP,
 }
 FOUR: dict[str, dict[str, Any]] = {
     "tp2_pp2_sp_recompute": {**SP, **PP, **FULL}, "tp2_dp2_sp_overlap": {**SP, **OVERLAP}, "pp2_dp2": PP, "pp2_vpp2_dp2_overlap": {**VPP, **OVERLAP},
@@ -55,7 +56,7 @@ FOUR: dict[str, dict[str, Any]] = {
 LAYOUTS = {**ONE, **TWO, **FOUR}
 
 
-def make_config(objective: str = "blend", shape: str = "untied", **parallel: Any) -> RunConfig:
+def make_config(objective: str = "blend", shape: str = "untied", shared_prefix: bool | str = "auto", **parallel: Any) -> RunConfig:
     return RunConfig.model_validate({
         "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2,
                   "max_position_embeddings": 64, "make_vocab_size_divisible_by": 64, "params_dtype": "float32",
@@ -67,7 +68,7 @@ def make_config(objective: str = "blend", shape: str = "untied", **parallel: Any
                       "clip_grad": 6.0},  # some gradients are clipped and some are not
         "pool": {"rewrite": False, "rollouts": 1}, "rollout": {"engine": "vllm"},
         "teacher": {"model": "unused", "judges": [{"kind": "likelihood"}]},
-        "objective": OBJECTIVES[objective],
+        "objective": {**OBJECTIVES[objective], "shared_prefix": shared_prefix},
         "parallel": {"distributed_timeout_minutes": 0.5, **parallel},
     })
 
@@ -145,7 +146,7 @@ class JudgedRun:
         stream = iter(made)
         parts = forward_backward(
             self.config, self.runtime, self.policy, self.model, self.exchange.microbatches(f"{self.name}-{step}", count, lambda: next(stream)),
-            count, self.config.train.micro_batch_size * (2 if paired else 1), forward_only=False)
+            count, paired=paired, forward_only=False)
         gathered: list[Any] = [None] * self.runtime.world_size
         dist.all_gather_object(gathered, merge_sums({key: value.item() for key, value in part.items()} for part in parts))
         ok, norm, _ = self.optimizer.step()
