@@ -45,8 +45,10 @@ class ScriptedTeacher:
                     outer.held = True
                     outer._released.wait(300)
                 time.sleep(outer.delay)
-                outer.answered += 1
-                self._reply({"choices": [{"index": 0, "message": {"content": answer(body)}, "finish_reason": "stop"}]})
+                asked = body["messages"] if self.path.endswith("/batch") else [body["messages"]]
+                outer.answered += len(asked)
+                self._reply({"choices": [{"index": i, "message": {"content": answer({**body, "messages": messages})}, "finish_reason": "stop"}
+                                         for i, messages in enumerate(asked)]})
 
             def _reply(self, data: dict) -> None:
                 authorised = self.headers.get("Authorization") == f"Bearer {KEY}"
