@@ -137,7 +137,7 @@ def test_a_run_one_step_ahead_of_itself_is_resumed_exactly(world, scripted, tmp_
 def test_a_signal_gives_up_a_step_that_takes_too_long_and_keeps_what_was_judged(world, whole, scripted, tmp_path):
     run = tmp_path / "run"
     args = arguments(world, run, scripted.url, "train.stop_patience=1", "teacher.request_timeout=60", "teacher.outage_timeout=100")
-    scripted.hold_after = 200
+    scripted.hold_after = 250  # in the third step
     process, deadline = start(args, tmp_path / "output.txt"), time.monotonic() + 120
     while not scripted.held:
         assert process.is_alive() and time.monotonic() < deadline
