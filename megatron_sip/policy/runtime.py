@@ -169,9 +169,13 @@ def transformer_engine_available() -> bool:
 
 
 def shares_prefix(config: RunConfig) -> bool:
-    """What ``objective.shared_prefix`` comes to here. With Transformer Engine it was never run, so it is not chosen by itself."""
-    setting = config.objective.shared_prefix
-    return setting if setting != "auto" else config.parallel.context_parallel_size == 1 and not transformer_engine_available()
+    """What ``objective.shared_prefix`` comes to here. With Transformer Engine it was never run, so it is not chosen by itself; plain next-token
+    prediction needs the logits of every position, so there is nothing to save but memory, at the price of computing them again."""
+    objective = config.objective
+    if objective.shared_prefix != "auto":
+        return objective.shared_prefix
+    all_of_it = objective.dpo_weight == 0 and objective.nll_on == "all"
+    return config.parallel.context_parallel_size == 1 and not all_of_it and not transformer_engine_available()
 
 
 def transformer_impl_specs(config: TransformerConfig, vp_stage: int | None, *, own_attention: bool) -> ModuleSpec | TransformerBlockSubmodules:
