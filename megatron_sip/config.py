@@ -56,7 +56,7 @@ class ModelSection(Section):
     init_method_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
     untie_embeddings_and_output_weights: bool = Field(True, description="False shares the embedding with the output layer.")
     make_vocab_size_divisible_by: int = Field(128, ge=1, description="The vocabulary is padded to a multiple of this times the tensor parallel size.")
-    params_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps fp32 main weights in the optimizer.")
+    params_dtype: Literal["auto", "float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps fp32 main weights in the optimizer; auto: bfloat16 on GPUs and on processors that multiply it, else float32.")
     init_from: Path | None = Field(None, description="A folder written by tools/export_hf.py --from-hf: weights to start from (continual runs).")
 
 

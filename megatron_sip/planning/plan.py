@@ -210,7 +210,7 @@ class _Planner:
 
     @property
     def policy_width(self) -> int:
-        return 2 if self.config.model.params_dtype == "bfloat16" else 4
+        return 4 if self.config.model.params_dtype == "float32" else 2
 
     def _rollouts(self, work: Workload, gpus: float) -> tuple[int, float]:
         """Calls of the engine on each replica, and seconds for all rollouts."""

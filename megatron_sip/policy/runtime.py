@@ -106,6 +106,26 @@ def start(config: RunConfig) -> Runtime:
     )
 
 
+def settle(config: RunConfig, runtime: Runtime) -> RunConfig:
+    """``config`` with a ``model.params_dtype`` in place of auto: the same on all ranks, and what is written down, so that a resume on another
+    sort of machine is refused and not continued in another precision."""
+    if config.model.params_dtype != "auto":
+        return config
+    found: list[str | None] = ["bfloat16" if runtime.device.type == "cuda" or multiplies_bf16() else "float32"]
+    dist.broadcast_object_list(found, src=0, device=runtime.device)
+    return config.model_copy(update={"model": config.model.model_copy(update={"params_dtype": found[0]})})
+
+
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """This processor has instructions for products of bfloat16 (x86: avx512_bf16, amx_bf16; Arm: bf16). Without them it is slower than float32."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(name.strip() in ("flags", "Features") and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split())
+               for name, _, flags in (line.partition(":") for line in lines))
+
+
 def virtual_pipeline_size(config: RunConfig) -> int | None:
     """Chunks of the model on each pipeline rank, or None: Megatron's word for the schedule that is not interleaved."""
     size = config.parallel.virtual_pipeline_model_parallel_size
