@@ -206,7 +206,7 @@ watch_trainer() {
             failed=$SECONDS killed=$((killed + 1))
         fi
         # An srun whose slurmstepd was killed waits for ever.
-        [[ $(find "$CODES" -name '*[0-9]' | wc -l) -lt $world ]] || over=$((over + 1))
+        [[ $(find "$CODES" -type f -name '*[0-9]' | wc -l) -lt $world ]] || over=$((over + 1))
         ((killed < 2 && over < 15)) || kill -KILL "$TRAINER_PID" 2>/dev/null || true
     done
     SRUN_CODE=0
