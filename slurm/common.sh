@@ -194,7 +194,27 @@ notice_preemption() {
 # A pause that signals end early enough.
 pause() { sleep "$1" || true; }
 
-job_state() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n '1s/.*JobState=\([A-Z_]*\).*/\1/p'; }
+# This job's state; a controller that restarts may not answer for a while.
+job_state() {
+    local state="" tries
+    for tries in {1..20}; do
+        state=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n '1s/.*JobState=\([A-Z_]*\).*/\1/p') || true
+        [[ -z $state && $tries -lt 20 ]] || break
+        pause 5
+    done
+    echo "${state:-unknown to Slurm}"
+}
+
+# Slurm ends this script afterwards. Returns 1 where it refuses.
+ask_requeue() {
+    local tries
+    for tries in {1..6}; do
+        scontrol requeue "$SLURM_JOB_ID" && return
+        [[ -z $ENDING ]] || exit 143 # it did, and its answer was lost
+        ((tries == 6)) || pause 10
+    done
+    return 1
+}
 
 # Before the trainer runs, or servers serve.
 leave_if_told() {
@@ -239,7 +259,7 @@ requeue() {
         say "REQUEUE=0: leaving; submit the same script again to go on"
         exit 85
     fi
-    scontrol requeue "$SLURM_JOB_ID" ||
+    ask_requeue ||
         fail "scontrol requeue $SLURM_JOB_ID was refused; is requeueing allowed here? Submit the same script again"
     for _ in {1..300}; do # Slurm ends this script, after a SIGTERM
         pause 1

@@ -35,3 +35,22 @@ def test_a_rank_that_ends_later_than_the_others_is_waited_for(tmp_path):
             echo "srun $SRUN_CODE, ranks ${RANK_CODES[*]}"
         """, CODES=str(codes), TRAINER_NODES=str(world), RANKS_PER_NODE="1", DRAIN_TIMEOUT="480", RANK_GRACE="60")
         assert f"srun 0, ranks {' '.join('0' * world)}" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_run_is_requeued_as_soon_as_the_controller_answers_again(tmp_path):
+    """It does not twice at each question; then it answers as Slurm does."""
+    (tmp_path / "scontrol").write_text(f"""#!/usr/bin/env bash
+        echo "$1" >>{tmp_path}/asked
+        (($(grep -c "$1" {tmp_path}/asked) > 2)) || {{ echo "Unable to contact slurm controller (connect failure)" >&2 && exit 1; }}
+        [[ $1 == requeue ]] || echo "JobId=7 JobName=x JobState=RUNNING Reason=None"
+    """)
+    (tmp_path / "scontrol").chmod(0o755)
+    done = bash(f"""
+        STATE={tmp_path} ATTEMPT={tmp_path}/attempt-001-7 REQUEUE=1
+        mkdir "$ATTEMPT"
+        waited=0
+        pause() {{ waited=$((waited + 1)); ((waited < 20)) || ENDING=SIGTERM; }}
+        requeue "time is up"
+    """, tmp_path, SLURM_JOB_ID="7")
+    assert done.returncode == 143 and (tmp_path / "asked").read_text().split() == ["show"] * 3 + ["requeue"] * 3, done.stdout + done.stderr
+    assert (tmp_path / "attempts.txt").read_text().endswith(" requeue\n")
