@@ -18,7 +18,7 @@ say() {
     local line
     line="[$(date '+%F %T')] $PHASE: $*"
     echo "$line"
-    [[ -z $ATTEMPT || -n ${DRY_RUN:-} ]] || echo "$line" >>"$ATTEMPT/job.log"
+    [[ -z $ATTEMPT || -n ${DRY_RUN:-} ]] || echo "$line" >>"$ATTEMPT/job.log" || true # a full disk is no reason to end
 }
 phase() {
     PHASE=$1
@@ -74,8 +74,10 @@ settings_of_site() {
         fail "PYTHON=$PYTHON is not there on $(hostname); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu)"
     [[ -z $SITE ]] || SITE=$(absolute "$SITE")
     if [[ -n $SITE ]]; then
+        set +eu # modules and conda read unset variables and return what they like
         # shellcheck disable=SC1090
         source "$SITE"
+        set -eu
     fi
     ((PORT_BASE <= 65435)) || fail "PORT_BASE=$PORT_BASE leaves no room for 100 ports: at most 65435"
     export SITE PYTHON ROOT PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
@@ -322,18 +324,21 @@ step() {
     nodes=$*
     cpus=SLURM_JOB_CPUS_PER_NODE${GROUP[$role]:+_HET_GROUP_${GROUP[$role]}} # such as 96(x7),64
     cpus=$(tr ',' '\n' <<<"${!cpus:-$tasks}" | sed 's/(.*//' | sort -n | head -n 1)
+    # With sbatch --export=... srun would pass on no more than that, were it not for --export=ALL.
     STEP=(srun --job-name="$name" --nodes=$# --ntasks=$(($# * tasks)) --ntasks-per-node="$tasks" --nodelist="${nodes// /,}" --overlap --mem=0
-        --cpus-per-task=$((cpus >= tasks ? cpus / tasks : 1)) --overcommit --input=none "${SRUN_MORE[@]}")
+        --cpus-per-task=$((cpus >= tasks ? cpus / tasks : 1)) --overcommit --input=none --export=ALL "${SRUN_MORE[@]}")
     [[ -z ${GROUP[$role]:-} ]] || STEP+=(--het-group="${GROUP[$role]}")
 }
 
-# signal_step SIGNAL NAME: to every running step of that name. (kill of an srun would end its tasks at once.)
-signal_step() {
-    local id name
-    squeue -h --steps --user="$(id -un)" -o '%i %j' 2>/dev/null | while read -r id name; do
+# signal_steps SIGNAL NAME...: to every running step of these names, with one question. (kill of an srun would end its tasks at once.)
+signal_steps() {
+    local id name signal=$1 found=()
+    shift
+    while read -r id name; do
         # Components of a heterogeneous job have numbers of their own.
-        [[ $name == "$2" && " $JOB_IDS " == *" ${id%%.*} "* ]] && scancel --signal="$1" "$id" 2>/dev/null
-    done || true
+        [[ " $* " != *" $name "* || " $JOB_IDS " != *" ${id%%.*} "* ]] || found+=("$id")
+    done < <(squeue -h --steps --user="$(id -un)" -o '%i %j' 2>/dev/null)
+    [[ ${#found[@]} == 0 ]] || scancel --signal="$signal" "${found[@]}" 2>/dev/null || true
 }
 
 job_ids() {
@@ -374,8 +379,8 @@ check_nodes() {
         # shellcheck disable=SC2086 # a list
         step check "$role" 1 ${NODES[$role]}
         # shellcheck disable=SC2016 # the node's shell expands it
-        run timeout "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c \
-            '[[ -z $SITE ]] || source "$SITE"; exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' "$plan" || code=$?
+        run timeout --kill-after=30 "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c \
+            '[[ -z $SITE ]] || source "$SITE"; cd "$ROOT" && exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' "$plan" || code=$?
     done
     [[ -z ${DRY_RUN:-} ]] || return 0
     leave_if_told

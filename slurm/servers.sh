@@ -166,12 +166,11 @@ wait_for_fleet() {
 }
 
 stop_servers() {
-    local index deadline=$((SECONDS + 20)) left
+    local index deadline left
     [[ -z ${DRY_RUN:-} ]] || return 0
-    [[ -n ${SERVER_PID[*]} ]] || return 0
-    for index in "${!SERVER_NAME[@]}"; do
-        [[ -z ${SERVER_PID[index]} ]] || signal_step TERM "${SERVER_NAME[index]}"
-    done
+    (($(running_servers) > 0)) || return 0
+    signal_steps TERM "${SERVER_NAME[@]}"
+    deadline=$((SECONDS + 20))
     while left=$(running_servers) && ((left > 0 && SECONDS < deadline)); do pause 1; done
     for index in "${!SERVER_NAME[@]}"; do
         [[ -z ${SERVER_PID[index]} ]] || kill -KILL "${SERVER_PID[index]}" 2>/dev/null || true

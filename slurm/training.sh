@@ -147,7 +147,7 @@ start_trainer() {
     [[ $GPUS_PER_NODE != 0 ]] || TORCHDYNAMO_DISABLE=1
     # shellcheck disable=SC2086 # a list
     step trainer trainer "$RANKS_PER_NODE" ${NODES[trainer]}
-    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --label --open-mode=append --output="$TRAINER_LOG" bash "$ROOT/slurm/rank.sh" "${TRAINER[@]}")
+    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --distribution=block --label --open-mode=append --output="$TRAINER_LOG" bash "$ROOT/slurm/rank.sh" "${TRAINER[@]}")
     if [[ -n ${DRY_RUN:-} ]]; then
         echo "export MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT"
         run "${COMMAND[@]}"
@@ -194,7 +194,7 @@ watch_trainer() {
             DRAINED=$SECONDS
         elif [[ -n $DRAINED ]] && ((SECONDS > DRAINED + DRAIN_TIMEOUT)); then
             say "the trainer has not ended after DRAIN_TIMEOUT=$DRAIN_TIMEOUT s; ending it, the run goes on from its last checkpoint"
-            signal_step KILL trainer
+            signal_steps KILL trainer
             DRAINED=$SECONDS killed=$((killed + 1))
         fi
         # One rank that failed leaves the others in a collective, or they are about to notice.
@@ -202,7 +202,7 @@ watch_trainer() {
             failed=$SECONDS
         elif ((failed > 0 && SECONDS > failed + RANK_GRACE)); then
             say "a rank failed $RANK_GRACE s ago; ending the others"
-            signal_step KILL trainer
+            signal_steps KILL trainer
             failed=$SECONDS killed=$((killed + 1))
         fi
         # An srun whose slurmstepd was killed waits for ever.
@@ -283,7 +283,7 @@ recover() {
 nodes_answer() {
     # shellcheck disable=SC2086 # a list
     step answer trainer 1 ${NODES[trainer]}
-    timeout 60 "${STEP[@]}" --kill-on-bad-exit=0 true >>"$TRAINER_LOG" 2>&1
+    timeout --kill-after=30 60 "${STEP[@]}" --kill-on-bad-exit=0 true >>"$TRAINER_LOG" 2>&1
 }
 
 finish() {

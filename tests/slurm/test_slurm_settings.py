@@ -93,6 +93,13 @@ def test_a_dry_run_shows_every_step_at_full_size(blend, folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_site_file_may_read_unset_variables_and_fail(blend, folder, tmp_path):
+    """As module files and conda's do."""
+    (tmp_path / "site.sh").write_text("export NCCL_SOCKET_IFNAME=ib0$UNSET\nfalse\n")
+    shown = dry("scratch_1b.sh", PYTHON=sys.executable, BLEND=str(blend), TEACHER_MODEL=str(folder), SITE=str(tmp_path / "site.sh"))
+    assert shown.returncode == 0 and "megatron_sip.train" in shown.stdout, shown.stdout + shown.stderr
+
+
 @pytest.mark.parametrize("script", ["scratch_1b_ntp.sh", "continual_1b.sh", "teacher_fleet.sh"])
 def test_dry_runs_of_the_others(blend, folder, tmp_path, script):
     shown = dry(script, PYTHON=sys.executable, BLEND=str(blend), TEACHER_MODEL=str(folder), RUN_DIR=str(tmp_path / "run"),
