@@ -2,6 +2,7 @@
 # What all scripts of this folder share: messages, settings with their checks, the log folder of an attempt, steps, requeueing.
 # Sourced by scripts that run under set -Eeuo pipefail, after ROOT is set. In: environment variables. Out: functions.
 
+ROOT=$(cd "$ROOT" && pwd)
 PHASE=start
 ATTEMPT=   # RUN_DIR/slurm/attempt-NNN-JOBID once it exists
 DRAIN=     # why the run is to be saved and requeued
@@ -41,6 +42,7 @@ run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@" && echo; else "$@"; fi;
 setting() {
     local name=$1 kind=$3 meaning=$4 value
     value=${!name-$2}
+    [[ $kind != *file && $kind != *folder ]] || value=$(absolute "$value")
     declare -g "$name=$value"
     SETTINGS+=("$name")
     case $kind in
@@ -50,14 +52,27 @@ setting() {
     positive) [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || fail "$name=$value is no whole number of at least 1: $meaning" ;;
     switch) [[ $value == [01] ]] || fail "$name=$value is neither 0 nor 1: $meaning" ;;
     file | folder) [[ -n $value ]] || fail "$name is not set: $meaning" ;;&
-    file | maybe_file) [[ -z $value || -f $value ]] || fail "$name=$value is no file on $(hostname): $meaning" ;;
-    folder | maybe_folder) [[ -z $value || -d $value ]] || fail "$name=$value is no folder on $(hostname): $meaning" ;;
+    file | maybe_file) [[ -z $value || -f $value ]] || fail "$name=$value is no file on $(hostname): $meaning" ;;&
+    folder | maybe_folder) [[ -z $value || -d $value ]] || fail "$name=$value is no folder on $(hostname): $meaning" ;;&
+    file | maybe_file | folder | maybe_folder) [[ -z $value || -r $value ]] || fail "$name=$value cannot be read by $(id -un): $meaning" ;;
     *"|"*) [[ -n $value && "|$kind|" == *"|$value|"* ]] || fail "$name=$value is none of ${kind//|/, }: $meaning" ;;
     *) fail "$name has the unknown kind $kind" ;;
     esac
 }
 
-# A path that means the same on every node.
+# split_overrides: sets MORE to the settings in OVERRIDES.
+split_overrides() {
+    local lines
+    MORE=()
+    lines=$(xargs -r printf '%s\n' <<<"$OVERRIDES") || fail "OVERRIDES=$OVERRIDES cannot be taken apart; quote as in a shell"
+    # shellcheck disable=SC2034 # of the callers
+    [[ -z $lines ]] || mapfile -t MORE <<<"$lines"
+}
+
+# words TEXT: separated by one space each, also where there were commas.
+words() { xargs -r <<<"${1//,/ }"; }
+
+# A path that means the same on every node, from the repository where it is relative.
 absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$ROOT/$1"; fi; }
 
 settings_of_site() {
@@ -72,7 +87,6 @@ settings_of_site() {
     # Inside a container this machine may lack PYTHON; the nodes are checked anyway.
     [[ -n $SRUN_FLAGS || -x $PYTHON ]] ||
         fail "PYTHON=$PYTHON is not there on $(hostname); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu)"
-    [[ -z $SITE ]] || SITE=$(absolute "$SITE")
     if [[ -n $SITE ]]; then
         set +eu # modules and conda read unset variables and return what they like
         # shellcheck disable=SC1090
@@ -96,11 +110,12 @@ show_settings() {
 # hidden NAME VALUE: NAME=VALUE, or the value left out where it may be a secret. Names of files with keys are none.
 hidden() {
     local name=${1^^} value=$2
-    if [[ $name != *_FILE && $name =~ KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE && $name != TOKENIZER* ]]; then
+    if [[ $name != *_FILE && $name =~ KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT && $name != TOKENIZER* ]]; then
         value="[hidden]"
-    elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} ||
+    elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|github_pat|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} ||
         $value == *"BEGIN "*"PRIVATE KEY"* ||
-        ${value,,} =~ (bearer\ |[?&]sig=|(key|token|secret|password|passwd)=) ]]; then
+        $value =~ eyJ[A-Za-z0-9_-]{10,}\. ||
+        ${value,,} =~ (bearer\ |--api-key[=\ ]|[?&]sig=|(key|token|secret|password|passwd)=) ]]; then
         value="[hidden]"
     fi
     printf '%s=%q\n' "$1" "$value"
@@ -129,7 +144,7 @@ begin_attempt() {
         fail "job $holder works in $folder already; wait for it, cancel it (scancel $holder), or give this job another folder"
     fi
     write "$STATE/job" "$SLURM_JOB_ID"
-    last=$(find "$STATE" -maxdepth 1 -name 'attempt-*' | sort | tail -n 1)
+    last=$(find "$STATE" -maxdepth 1 -name 'attempt-*' | sort -V | tail -n 1)
     [[ -z $last ]] || number=$((10#$(cut -d- -f2 <<<"${last##*/}") + 1))
     ATTEMPT=$STATE/$(printf 'attempt-%03d-%s' "$number" "$SLURM_JOB_ID")
     mkdir "$ATTEMPT" || fail "$ATTEMPT cannot be made"
@@ -160,9 +175,14 @@ start_guard() {
     fi
 }
 
+# key_file FILE: says so where others could use the servers with it.
+key_file() {
+    [[ -z $1 || -z $(find -L "$1" -maxdepth 0 -perm /077) ]] || say "warning: $1 holds a key and is open to others; chmod 600 $1"
+}
+
 # write FILE TEXT: whole or not at all.
 write() {
-    local aside=$1.tmp-${SLURM_JOB_ID:-}
+    local aside=${1%/*}/.${1##*/}.tmp-${SLURM_JOB_ID:-}
     printf "%s\n" "$2" >"$aside"
     sync "$aside"
     mv "$aside" "$1"
@@ -172,8 +192,8 @@ write() {
 secret_file() {
     [[ -s $1 ]] || (
         umask 077
-        head -c 32 /dev/urandom | base64 | tr -d '+/=\n' >"$1.tmp"
-        mv "$1.tmp" "$1"
+        head -c 32 /dev/urandom | base64 | tr -d '+/=\n' >"$1.tmp-${SLURM_JOB_ID:-}"
+        mv "$1.tmp-${SLURM_JOB_ID:-}" "$1"
     ) || fail "$1 cannot be written"
     chmod 600 "$1"
 }

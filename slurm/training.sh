@@ -45,6 +45,9 @@ settings_of_training() {
     [[ $LOG_WANDB != online || -n ${WANDB_API_KEY:-} || -f ${NETRC:-$HOME/.netrc} ]] ||
         fail "LOG_WANDB=online needs WANDB_API_KEY in the environment, or wandb login"
     CONFIG=$(absolute "$CONFIG") RUN_DIR=$(absolute "$RUN_DIR") INIT_FROM=$(absolute "$INIT_FROM") TOKENIZER_MODEL=$(absolute "$TOKENIZER_MODEL")
+    TEACHER_URLS=$(words "$TEACHER_URLS") ROLLOUT_URLS=$(words "$ROLLOUT_URLS")
+    key_file "$TEACHER_API_KEY_FILE"
+    key_file "$ROLLOUT_API_KEY_FILE"
     [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG is no file on $(hostname)"
 }
 
@@ -92,18 +95,15 @@ compose_trainer() {
         TRAINER_SETTINGS+=("teacher.replicas_file=$REPLICAS_FILE" "teacher.api_key_file=$KEY_FILE")
     else
         [[ -z $TEACHER_URLS ]] || TRAINER_SETTINGS+=("teacher.urls=[${TEACHER_URLS// /, }]")
-        [[ -z $TEACHER_REPLICAS_FILE ]] || TRAINER_SETTINGS+=("teacher.replicas_file=$(absolute "$TEACHER_REPLICAS_FILE")")
-        [[ -z $TEACHER_API_KEY_FILE ]] || TRAINER_SETTINGS+=("teacher.api_key_file=$(absolute "$TEACHER_API_KEY_FILE")")
+        [[ -z $TEACHER_REPLICAS_FILE ]] || TRAINER_SETTINGS+=("teacher.replicas_file=$TEACHER_REPLICAS_FILE")
+        [[ -z $TEACHER_API_KEY_FILE ]] || TRAINER_SETTINGS+=("teacher.api_key_file=$TEACHER_API_KEY_FILE")
     fi
     if [[ -n $ROLLOUT_URLS ]]; then
         TRAINER_SETTINGS+=("rollout.engine=vllm" "rollout.urls=[${ROLLOUT_URLS// /, }]" "rollout.sync_dir=$RUN_DIR/policy_weights")
-        [[ -z $ROLLOUT_API_KEY_FILE ]] || TRAINER_SETTINGS+=("rollout.api_key_file=$(absolute "$ROLLOUT_API_KEY_FILE")")
+        [[ -z $ROLLOUT_API_KEY_FILE ]] || TRAINER_SETTINGS+=("rollout.api_key_file=$ROLLOUT_API_KEY_FILE")
     fi
-    if [[ -n $OVERRIDES ]]; then
-        lines=$(xargs printf '%s\n' <<<"$OVERRIDES") || fail "OVERRIDES=$OVERRIDES cannot be taken apart; quote as in a shell"
-        mapfile -t more <<<"$lines"
-        TRAINER_SETTINGS+=("${more[@]}")
-    fi
+    split_overrides
+    TRAINER_SETTINGS+=("${MORE[@]}")
     TRAINER=("$PYTHON" -m megatron_sip.train --config "$CONFIG" "${TRAINER_SETTINGS[@]}")
 }
 

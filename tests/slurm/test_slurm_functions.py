@@ -54,3 +54,18 @@ def test_a_run_is_requeued_as_soon_as_the_controller_answers_again(tmp_path):
     """, tmp_path, SLURM_JOB_ID="7")
     assert done.returncode == 143 and (tmp_path / "asked").read_text().split() == ["show"] * 3 + ["requeue"] * 3, done.stdout + done.stderr
     assert (tmp_path / "attempts.txt").read_text().endswith(" requeue\n")
+
+
+def test_a_fleet_forgets_servers_of_jobs_that_have_ended(tmp_path):
+    """Job 7 begins, 5 was killed, 6 runs on; and nothing is forgotten when the controller does not answer."""
+    (tmp_path / "fleet.d").mkdir()
+    for code, left in ((1, ["5", "6"]), (0, ["6"])):
+        for job in ("5", "6"):
+            (tmp_path / "fleet.d" / job).write_text(f"http://n{job}:1/v1\n")
+        (tmp_path / "squeue").write_text(f"#!/usr/bin/env bash\necho ' 6 '; echo ' 7 '; exit {code}\n")
+        (tmp_path / "squeue").chmod(0o755)
+        functions = "source <(sed -n '/^publish() /,/^}/p; /^forget_ended() /,/^}/p' slurm/teacher_fleet.sh)"
+        done = bash(f"{functions}\nforget_ended\npublish", tmp_path, FLEET_FILE=str(tmp_path / "fleet"))
+        assert done.returncode == 0, done.stderr
+        assert sorted(path.name for path in (tmp_path / "fleet.d").iterdir()) == left
+        assert (tmp_path / "fleet").read_text().split() == [f"http://n{job}:1/v1" for job in left]
