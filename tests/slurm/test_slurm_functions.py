@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from jobs import REPOSITORY
 
 SOURCED = "set -Eeuo pipefail; ROOT=$PWD; source slurm/common.sh; source slurm/servers.sh; source slurm/training.sh\n"
@@ -16,6 +18,23 @@ def bash(script: str, commands: Path | None = None, **variables: str) -> subproc
     path = f"{commands}:{os.environ['PATH']}" if commands else os.environ["PATH"]
     return subprocess.run(["bash", "-c", SOURCED + script], env={"PATH": path, "HOME": "/nowhere", **variables}, cwd=REPOSITORY, capture_output=True,
                           text=True, timeout=60)
+
+
+@pytest.mark.parametrize("export", ["ALL", "NONE", "PATH,SLURM_CONF"])
+def test_a_step_gets_the_environment_of_the_script(cluster, tmp_path, export):
+    """Also where sbatch took little of the user's."""
+    script = tmp_path / "job.sh"
+    script.write_text(f"""#!/usr/bin/env bash
+        export SLURM_CONF={cluster.environment["SLURM_CONF"]} ROOT={REPOSITORY} MARK=found
+        cd {REPOSITORY}
+        {SOURCED}
+        SRUN_MORE=()
+        step look trainer 1 $(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        "${{STEP[@]}}" printenv MARK
+    """)
+    job = cluster.command("sbatch", "--parsable", "--nodes=2", f"--export={export}", f"--output={tmp_path}/log", script).strip()
+    cluster.wait(job, 30, "COMPLETED", "FAILED")
+    assert (tmp_path / "log").read_text().split() == ["found", "found"], (tmp_path / "log").read_text()
 
 
 def test_a_rank_that_ends_later_than_the_others_is_waited_for(tmp_path):
