@@ -132,18 +132,19 @@ dump_environment() {
 
 # begin_attempt FOLDER: FOLDER/slurm/attempt-NNN-JOBID for this attempt's logs, and FOLDER/slurm/latest.
 begin_attempt() {
-    local folder=$1 number=1 last holder
+    local folder=$1 number=1 last
     STATE=$folder/slurm
     if [[ -n ${DRY_RUN:-} ]]; then
         ATTEMPT=$STATE/attempt-001-${SLURM_JOB_ID:-JOB}
         return
     fi
     mkdir -p "$STATE" || fail "$STATE cannot be made on $(hostname); is it on the shared file system and yours?"
-    holder=$(cat "$STATE/job" 2>/dev/null || true)
-    if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -j "$holder" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null) ]]; then
-        fail "job $holder works in $folder already; wait for it, cancel it (scancel $holder), or give this job another folder"
+    if [[ $(cat "$STATE/job" 2>/dev/null) != "$SLURM_JOB_ID" ]]; then
+        leave_to_holder "$folder"
+        write "$STATE/job" "$SLURM_JOB_ID"
+        pause 3 # two that begin at once have both seen nobody: the last to write stays
+        leave_to_holder "$folder"
     fi
-    write "$STATE/job" "$SLURM_JOB_ID"
     last=$(find "$STATE" -maxdepth 1 -name 'attempt-*' | sort -V | tail -n 1)
     [[ -z $last ]] || number=$((10#$(cut -d- -f2 <<<"${last##*/}") + 1))
     ATTEMPT=$STATE/$(printf 'attempt-%03d-%s' "$number" "$SLURM_JOB_ID")
@@ -152,6 +153,13 @@ begin_attempt() {
     dump_environment >"$ATTEMPT/environment.txt"
     show_settings >"$ATTEMPT/settings.txt"
     say "attempt $number of job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST; logs in $STATE/latest"
+}
+
+leave_to_holder() {
+    local holder
+    holder=$(cat "$STATE/job" 2>/dev/null || true)
+    [[ -z $holder || $holder == "$SLURM_JOB_ID" || -z $(squeue -h -j "$holder" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null) ]] ||
+        fail "job $holder works in $1 already; wait for it, cancel it (scancel $holder), or give this job another folder"
 }
 
 # How the attempt ended; only after a requeue a guard is needed on.
@@ -165,10 +173,11 @@ start_guard() {
     local id
     [[ $GUARD == 1 && $REQUEUE == 1 && -z ${DRY_RUN:-} ]] || return 0
     id=$(cat "$STATE/guard" 2>/dev/null || true)
+    local account=${SLURM_JOB_ACCOUNT:-}
     [[ -z $id || -z $(squeue -h -j "$id" -t PENDING -o %i 2>/dev/null) ]] || return 0
     # shellcheck disable=SC2086 # several flags in one variable
-    if id=$(sbatch --parsable --job-name="${SLURM_JOB_NAME:-job}-guard" --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes \
-        --output="$STATE/guard.log" $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
+    if id=$(sbatch --parsable ${account:+--account="$account"} --job-name="${SLURM_JOB_NAME:-job}-guard" \
+        --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes --output="$STATE/guard.log" $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
         write "$STATE/guard" "${id%%;*}"
     else
         say "warning: the job that requeues this one if $(hostname) dies was refused; set GUARD_FLAGS (partition, account), or GUARD=0"
@@ -260,6 +269,11 @@ again_or_fail() {
 give_up() {
     ((${SLURM_RESTART_COUNT:-0} > 0 || ${START:-0} > 0)) || fail "$2"
     again_or_fail "$1" "$2"
+}
+
+# What fails without a word of its own, such as a file system that is full or away, may be over soon.
+catch_faults() {
+    trap '((BASH_SUBSHELL > 0)) || { trap - ERR && again_or_fail fault "${BASH_SOURCE[0]##*/}, line $LINENO: $BASH_COMMAND: failed, see above"; }' ERR
 }
 
 leave() {

@@ -53,7 +53,9 @@ tokenize() {
     local shard=$((${SLURM_ARRAY_TASK_ID:-0} - first))/${SLURM_ARRAY_TASK_COUNT:-1}
     if [[ $MERGE == 1 && ${SLURM_ARRAY_TASK_ID:-0} == "$first" && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
         say "submitting the job that merges the portions when all are done"
-        run sbatch --array=0 --cpus-per-task=1 --mem-per-cpu=4G --dependency="afterok:${SLURM_ARRAY_JOB_ID:-JOB}" --kill-on-invalid-dep=yes \
+        # shellcheck disable=SC2086 # absent where they are not set
+        run sbatch --array=0 ${SLURM_JOB_PARTITION:+--partition=$SLURM_JOB_PARTITION} ${SLURM_JOB_ACCOUNT:+--account=$SLURM_JOB_ACCOUNT} \
+            --cpus-per-task=1 --mem-per-cpu=4G --dependency="afterok:${SLURM_ARRAY_JOB_ID:-JOB}" --kill-on-invalid-dep=yes \
             --job-name=merge --output="${MERGE_OUTPUT:-merge-%A.log}" --export=ALL "$ROOT/slurm/preprocess_redpajama.sh" merge ||
             say "warning: it was not taken; submit it when all portions are done: sbatch --array=0 $ROOT/slurm/preprocess_redpajama.sh merge"
     fi

@@ -17,8 +17,8 @@ settings_of_judges() {
     local flag
     for flag in --api-key --host --port --model --served-model-name --tensor-parallel-size; do
         # A key would be readable in every list of processes; the others are decided here.
-        [[ " $JUDGE_FLAGS" != *" $flag"[=\ ]* ]] || fail "JUDGE_FLAGS holds $flag, which the script sets: keys are made in a file, JUDGE_TENSOR_PARALLEL_SIZE, \
-TEACHER_MODEL and PORT_BASE say the rest"
+        [[ " $JUDGE_FLAGS" != *" $flag"[=\ ]* ]] ||
+            fail "JUDGE_FLAGS holds $flag, which the script sets: keys are made in a file; TEACHER_MODEL, JUDGE_TENSOR_PARALLEL_SIZE, PORT_BASE"
     done
     ((JUDGE_GPUS_PER_NODE == 0 || JUDGE_TENSOR_PARALLEL_SIZE <= JUDGE_GPUS_PER_NODE)) ||
         fail "JUDGE_TENSOR_PARALLEL_SIZE=$JUDGE_TENSOR_PARALLEL_SIZE > JUDGE_GPUS_PER_NODE=$JUDGE_GPUS_PER_NODE: a server lives on one node"

@@ -69,6 +69,7 @@ main() {
     assign_nodes judge "$JUDGE_NODES"
     TEACHER_API_KEY_FILE=$FLEET_FILE.key REPLICAS_FILE=$FLEET_FILE.d/${SLURM_JOB_ID:-JOB}
     begin_attempt "$FLEET_FILE.jobs/${SLURM_JOB_ID:-JOB}"
+    catch_faults
     plan_servers
     FILES=$ATTEMPT/files.txt
     phase check "nodes"
@@ -85,7 +86,7 @@ main() {
     start_servers
     [[ -z ${DRY_RUN:-} ]] || return 0
     wait_for_servers
-    rm -f "$STATE/again-early"
+    rm -f "$STATE/again-early" "$STATE/again-fault"
     phase serve "give runs TEACHER_REPLICAS_FILE=$FLEET_FILE TEACHER_API_KEY_FILE=$FLEET_FILE.key TEACHER_MODEL=$TEACHER_MODEL"
     while :; do
         [[ -z $ENDING$DRAIN ]] || withdraw

@@ -57,6 +57,7 @@ run_training() {
     ports
     assign_nodes trainer "$TRAINER_NODES" judge "$JUDGE_NODES"
     begin_attempt "$RUN_DIR"
+    catch_faults
     REPLICAS_FILE=$STATE/judges.txt
     plan_servers
     phase check "settings, data, nodes"
@@ -147,7 +148,8 @@ start_trainer() {
     [[ $GPUS_PER_NODE != 0 ]] || TORCHDYNAMO_DISABLE=1
     # shellcheck disable=SC2086 # a list
     step trainer trainer "$RANKS_PER_NODE" ${NODES[trainer]}
-    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --distribution=block --label --open-mode=append --output="$TRAINER_LOG" bash "$ROOT/slurm/rank.sh" "${TRAINER[@]}")
+    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --distribution=block --label --open-mode=append --output="$TRAINER_LOG"
+        bash "$ROOT/slurm/rank.sh" "${TRAINER[@]}")
     if [[ -n ${DRY_RUN:-} ]]; then
         echo "export MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT"
         run "${COMMAND[@]}"
@@ -161,7 +163,7 @@ start_trainer() {
     fi
     FROM=$(newest_step)
     count_start "$FROM"
-    rm -f "$STATE/again-early"
+    rm -f "$STATE/again-early" "$STATE/again-fault"
     phase train "start $START of this attempt, from step $FROM of $LAST_STEP (number $TRIES from there); see $TRAINER_LOG"
     "${COMMAND[@]}" >>"$TRAINER_LOG" 2>&1 &
     TRAINER_PID=$!

@@ -88,3 +88,31 @@ def test_a_fleet_forgets_servers_of_jobs_that_have_ended(tmp_path):
         assert done.returncode == 0, done.stderr
         assert sorted(path.name for path in (tmp_path / "fleet.d").iterdir()) == left
         assert (tmp_path / "fleet").read_text().split() == [f"http://n{job}:1/v1" for job in left]
+
+
+def test_of_two_jobs_that_begin_at_once_in_one_folder_one_goes_on(tmp_path):
+    (tmp_path / "squeue").write_text("#!/usr/bin/env bash\necho 8\n")
+    (tmp_path / "squeue").chmod(0o755)
+    done = bash(f"""
+        pause() {{ echo 8 >"$STATE/job"; }} # the other one, a moment later
+        begin_attempt {tmp_path}/run
+    """, tmp_path, SLURM_JOB_ID="7")
+    assert done.returncode == 2 and f"job 8 works in {tmp_path}/run already" in done.stderr, done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "run" / "slurm").iterdir()] == ["job"]
+
+
+def test_a_fault_without_a_message_is_told_and_tried_again_three_times(tmp_path):
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\necho 'JobId=7 JobState=RUNNING'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "attempt-001-7").mkdir()
+    (tmp_path / "starts").mkdir()  # where a file belongs
+    for code in (85, 85, 85, 2):
+        done = bash(f"""
+            STATE={tmp_path} ATTEMPT={tmp_path}/attempt-001-7 REQUEUE=0 MAX_STARTS=6
+            catch_faults
+            seen=$(false; echo "no fault")
+            count_start 0
+        """, tmp_path, SLURM_JOB_ID="7")
+        assert done.returncode == code and "training.sh, line" in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "(the fourth time in a row)" in done.stderr
+    assert (tmp_path / "attempts.txt").read_text().count(" requeue\n") == 3

@@ -153,7 +153,8 @@ def test_a_node_that_is_not_fit_says_why(tmp_path, monkeypatch, change, message)
 
 def test_secrets_stay_out_of_the_dump():
     secrets = {"WANDB_API_KEY": "w1", "HF_TOKEN": "w2", "MY_SECRET": "w3", "DB_PASSWORD": "w4", "PROXY": "http://me:w5@host", "X": "sk-w6w6w6w6w6w6",
-               "AWS_CREDENTIALS": "w7", "Y": "Authorization: Bearer w8", "Z": "https://host/?token=w9", "TWO": "a\nGIT_TOKEN=w10", "SLURM_JWT": "w11", "JUDGE_FLAGS": "--api-key w12", "V": "eyJw13abcdefgh.b.c", "W": "github_pat_w14w14w14w"}
+               "AWS_CREDENTIALS": "w7", "Y": "Authorization: Bearer w8", "Z": "https://host/?token=w9", "TWO": "a\nGIT_TOKEN=w10", "SLURM_JWT": "w11", "JUDGE_FLAGS": "--api-key w12",
+               "V": "eyJw13abcdefgh.b.c", "W": "github_pat_w14w14w14w"}
     shown = {"TOKENIZER_MODEL": "/data/t.model", "TEACHER_API_KEY_FILE": "/keys/k", "NCCL_DEBUG": "INFO", "LINES": "1\n2"}
     done = subprocess.run(["bash", "-euc", "ROOT=$PWD; source slurm/common.sh; dump_environment"], cwd=REPOSITORY, capture_output=True, text=True,
                           check=True, env={"PATH": os.environ["PATH"], **secrets, **shown})
