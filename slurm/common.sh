@@ -177,7 +177,8 @@ start_guard() {
     [[ -z $id || -z $(squeue -h -j "$id" -t PENDING -o %i 2>/dev/null) ]] || return 0
     # shellcheck disable=SC2086 # several flags in one variable
     if id=$(sbatch --parsable ${account:+--account="$account"} --job-name="${SLURM_JOB_NAME:-job}-guard" \
-        --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes --output="$STATE/guard.log" $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
+        --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes --output="$STATE/guard.log" \
+        $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
         write "$STATE/guard" "${id%%;*}"
     else
         say "warning: the job that requeues this one if $(hostname) dies was refused; set GUARD_FLAGS (partition, account), or GUARD=0"
