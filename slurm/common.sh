@@ -139,12 +139,8 @@ begin_attempt() {
         return
     fi
     mkdir -p "$STATE" || fail "$STATE cannot be made on $(hostname); is it on the shared file system and yours?"
-    if [[ $(cat "$STATE/job" 2>/dev/null) != "$SLURM_JOB_ID" ]]; then
-        leave_to_holder "$folder"
-        write "$STATE/job" "$SLURM_JOB_ID"
-        pause 3 # two that begin at once have both seen nobody: the last to write stays
-        leave_to_holder "$folder"
-    fi
+    leave_to_holder
+    write "$STATE/job" "$SLURM_JOB_ID"
     last=$(find "$STATE" -maxdepth 1 -name 'attempt-*' | sort -V | tail -n 1)
     [[ -z $last ]] || number=$((10#$(cut -d- -f2 <<<"${last##*/}") + 1))
     ATTEMPT=$STATE/$(printf 'attempt-%03d-%s' "$number" "$SLURM_JOB_ID")
@@ -155,11 +151,15 @@ begin_attempt() {
     say "attempt $number of job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST; logs in $STATE/latest"
 }
 
+# Asked again a moment later: two that begin at once have both seen nobody, and the last to write stays.
 leave_to_holder() {
     local holder
+    [[ -z ${DRY_RUN:-} ]] || return 0
     holder=$(cat "$STATE/job" 2>/dev/null || true)
-    [[ -z $holder || $holder == "$SLURM_JOB_ID" || -z $(squeue -h -j "$holder" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null) ]] ||
-        fail "job $holder works in $1 already; wait for it, cancel it (scancel $holder), or give this job another folder"
+    if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -j "$holder" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null) ]]; then
+        ATTEMPT= # the records are the other's
+        fail "job $holder works in ${STATE%/slurm} already; wait for it, cancel it (scancel $holder), or give this job another folder"
+    fi
 }
 
 # How the attempt ended; only after a requeue a guard is needed on.

@@ -68,6 +68,7 @@ run_training() {
         record_end "done"
         exit 0
     fi
+    leave_to_holder
     start_guard
     check_nodes
     start_servers

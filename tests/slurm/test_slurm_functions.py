@@ -94,11 +94,13 @@ def test_of_two_jobs_that_begin_at_once_in_one_folder_one_goes_on(tmp_path):
     (tmp_path / "squeue").write_text("#!/usr/bin/env bash\necho 8\n")
     (tmp_path / "squeue").chmod(0o755)
     done = bash(f"""
-        pause() {{ echo 8 >"$STATE/job"; }} # the other one, a moment later
+        SLURM_JOB_NODELIST=n0
         begin_attempt {tmp_path}/run
+        echo 8 >"$STATE/job" # the other one, a moment later
+        leave_to_holder
     """, tmp_path, SLURM_JOB_ID="7")
     assert done.returncode == 2 and f"job 8 works in {tmp_path}/run already" in done.stderr, done.stdout + done.stderr
-    assert [path.name for path in (tmp_path / "run" / "slurm").iterdir()] == ["job"]
+    assert not (tmp_path / "run" / "slurm" / "attempts.txt").exists()  # where a guard looks
 
 
 def test_a_fault_without_a_message_is_told_and_tried_again_three_times(tmp_path):
