@@ -188,6 +188,8 @@ watch_trainer() {
     while kill -0 "$TRAINER_PID" 2>/dev/null; do
         pause 1
         tend_servers
+        # Said now: after KillWait, which the trainer may need for its step, this script is no more.
+        [[ -z $ENDING || $PHASE == ending ]] || phase ending "$ENDING; nothing is requeued from here"
         if [[ -z $first_step ]] && first_step=$(grep -om1 'step [0-9]*/[0-9]*' "$TRAINER_LOG" 2>/dev/null); then
             say "$first_step trained, $((SECONDS)) s after this script began"
         fi

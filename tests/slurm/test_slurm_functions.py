@@ -47,12 +47,13 @@ def test_a_rank_that_ends_later_than_the_others_is_waited_for(tmp_path):
         done = bash("""
             pause() { sleep 0.02; }
             notice_preemption() { :; }
-            TRAINER_LOG=/dev/null DRAINED="" FROM=0
+            TRAINER_LOG=/dev/null DRAINED="" FROM=0 ENDING="told to"
             (for _ in {1..40}; do sleep 0.05; done; echo 0 >"$CODES/$((TRAINER_NODES - 1))") &
             TRAINER_PID=$!
             watch_trainer
             echo "srun $SRUN_CODE, ranks ${RANK_CODES[*]}"
         """, CODES=str(codes), TRAINER_NODES=str(world), RANKS_PER_NODE="1", DRAIN_TIMEOUT="480", RANK_GRACE="60")
+        assert done.stdout.count("told to; nothing is requeued from here") == 1
         assert f"srun 0, ranks {' '.join('0' * world)}" in done.stdout, done.stdout + done.stderr
 
 
