@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="the one that details are shown for (both are planned; default: train.staleness)")
     models.add_argument("--target-wait", type=float, default=0.05, help="share of a step that the trainer may wait at staleness 1 (default 0.05)")
     models.add_argument("--rewrites-cached", action="store_true", help="all rewrites are in the cache already")
-    models.add_argument("--comparisons", type=int, help="pairs of a pool that a quality judge compares (default: all)")
+    models.add_argument("--comparisons", type=int, help="pairs of a pool that a quality judge compares, in one round (default: by its strategy)")
     rates = parser.add_argument_group("measured rates and checks")
     rates.add_argument("--measured", type=Path, metavar="FILE", help="metrics.jsonl of a run, or YAML/JSON with train_tokens_per_second and others")
     for name in ("trainer", "rollout", "judge"):

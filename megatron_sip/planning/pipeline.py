@@ -21,7 +21,8 @@ class Pipeline:
     Attributes:
         pools: pairs a step, over all data parallel ranks.
         chunks: calls of the rollout engine a step, of ``chunk_seconds`` each; 0: no rollouts.
-        questions, rewrites: requests a pool.
+        questions, rewrites: a pool.
+        chains: questions of rounds that wait for each other, by judge; those of ``questions`` that are in no chain are asked at once.
         question_seconds, rewrite_seconds: mean time that one request holds one of the fleet's ``slots``.
         sigma: of their lognormal distribution.
         microbatch_seconds: forward and backward of one microbatch on one model replica.
@@ -45,6 +46,11 @@ class Pipeline:
     sync_seconds: float = 0.0
     update_seconds: float = 0.0
     in_process: bool = False
+    chains: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if sum(map(sum, self.chains)) > self.questions or any(count < 1 for chain in self.chains for count in chain):
+            raise ValueError(f"chains {self.chains} must be of at least one question a round, and of {self.questions} together at most")
 
     @property
     def microbatches(self) -> int:
@@ -86,6 +92,20 @@ class Pipeline:
             return 0.0
         return max(seconds, requests * seconds / self.slots) + max(0.0, self.slowest(seconds, requests, sureness) - seconds)
 
+    def verdicts(self, pools: float, sureness: float = 0.57) -> float:
+        """Seconds until the questions of so many pools, asked together, are answered. The rounds of a pool wait for each other, meanwhile the
+        slots answer the questions of other pools: what counts is the longer of full slots and the rounds in a row."""
+        requests = pools * self.questions
+        if requests <= 0:
+            return 0.0
+        rounds = max((sum(self._round(count) for count in chain[:-1]) for chain in self.chains), default=0.0)
+        seconds = self.question_seconds
+        return max(rounds + seconds, requests * seconds / self.slots) + max(0.0, self.slowest(seconds, requests, sureness) - seconds)
+
+    def _round(self, questions: int) -> float:
+        """Seconds of one round of a pool, in free slots."""
+        return self.slowest(self.question_seconds, questions) * max(1.0, questions / self.slots)
+
     def step_seconds(self, staleness: int) -> float:
         """Seconds of a step when all goes on steadily."""
         if staleness == 0:
@@ -107,13 +127,12 @@ class Pipeline:
     def _judged(self, pools: int, sureness: float = 0.57) -> float:
         """Seconds after the sync at which the first so many pools are judged: the longest of the ways to the last of them."""
         chunks = -(-self.chunks * pools // self.pools)
-        questions = self.answered(self.question_seconds, pools * self.questions, sureness)
-        of_last_chunk = self.answered(self.question_seconds, pools * self.questions / max(1, chunks), sureness)
+        questions, of_last_chunk = self.verdicts(pools, sureness), self.verdicts(pools / max(1, chunks), sureness)
         ways = [chunks * self.chunk_seconds + of_last_chunk, (self.chunk_seconds if chunks else 0.0) + questions]
         if self.rewrites:
             # All rewrites of the step are asked for before the first question; the first pools are those that are rewritten first.
             share = pools / self.pools
             rewritten = self.answered(self.rewrite_seconds, self.pools, sureness) if share == 1 else max(
                 share * self.rewriting_seconds, self._quantile(self.rewrite_seconds, share))
-            ways += [rewritten + self.answered(self.question_seconds, self.questions), share * self.rewriting_seconds + questions]
+            ways += [rewritten + self.verdicts(1), share * self.rewriting_seconds + questions]
         return max(ways)

@@ -142,7 +142,8 @@ class _Planner:
     # -- what is given ------------------------------------------------------------------------------------------
 
     def _workload(self, plan: StepPlan) -> Workload:
-        return workload(self.config, plan, self.assume, rewrites_cached=self.options.rewrites_cached, comparisons=self.options.comparisons)
+        return workload(self.config, plan, self.assume, rewrites_cached=self.options.rewrites_cached, comparisons=self.options.comparisons,
+                        clients=self.data_parallel)
 
     def _layout(self) -> tuple[int, int]:
         parallel = self.config.parallel
@@ -206,7 +207,8 @@ class _Planner:
         questions, question, rewrite, slots = self._fleet(work, judge_gpus)
         return Pipeline(
             work.pools, self.data_parallel, config.train.micro_batch_size, seconds / microbatches, chunks, writing / chunks if chunks else 0.0, questions,
-            question, 1 if work.rewriter else 0, rewrite, slots, 0.0 if rates else self.assume.latency_sigma, sync, update, self.in_process)
+            question, 1 if work.rewriter else 0, rewrite, slots, 0.0 if rates else self.assume.latency_sigma, sync, update, self.in_process,
+            tuple(judge.rounds for judge in work.judges if len(judge.rounds) > 1))
 
     @property
     def policy_width(self) -> int:

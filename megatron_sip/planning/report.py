@@ -17,7 +17,8 @@ _WHAT = {
     "prefix_cache": "share of the shareable prompt tokens that the cache spares",
     "sync_bandwidth": "bytes/s of the folder through which weights go to rollout servers, each way",
     "step_overhead": "s a step outside forward and backward", "answer_tokens": "tokens of a verdict without reasoning",
-    "reasoning_tokens": "tokens of a verdict with reasoning", "judge_tokens": "judge tokens a policy token",
+    "reasoning_tokens": "tokens of a verdict with reasoning",
+    "judge_spread": "nats between candidates for strategies that go on from answers", "judge_tokens": "judge tokens a policy token",
     "characters_per_token": "characters a token of the templates, unless teacher.model has a tokenizer",
     "chat_tokens": "tokens that a chat template adds",
     "vocab_size": "of the policy", "latency_sigma": "sigma of the lognormal latency of answers",
@@ -35,8 +36,11 @@ def as_json(plan: Plan, checks: dict[int, dict[str, float]]) -> dict[str, Any]:
         "hardware": {"trainer_and_rollout": asdict(plan.gpu), "judge": asdict(plan.judge_gpu), "source": "vendor data sheets"},
         "policy_parameters": plan.policy.total, "judge_parameters": plan.judge.total if plan.judge else None,
         "step": {
-            "pools": work.pools, "candidates": work.candidates, "judge_questions": work.questions, "rewrites": work.rewrites,
-            "asked": {one.name: {"questions": one.questions * work.pools, "prompt_tokens": one.prompt_tokens * work.pools,
+            "pools": work.pools, "candidates": work.candidates, "judge_questions": work.questions, "judge_requests": work.requests,
+            "rewrites": work.rewrites,
+            "asked": {one.name: {"questions": one.questions * work.pools, "requests": one.requests * work.pools, "rounds": list(one.rounds),
+                                 "fewest_questions": one.limits[0] * work.pools, "most_questions": one.limits[1] * work.pools,
+                                 "prompt_tokens": one.prompt_tokens * work.pools,
                                  "answer_tokens": one.questions * one.answer_tokens * work.pools} for one in work.asked},
             "train_tokens": work.rows * work.sequence, "rollout_tokens": work.pools * work.rollouts * work.suffix,
             "training_flops": asdict(plan.training), "rollouts": asdict(plan.rollouts),
@@ -46,6 +50,7 @@ def as_json(plan: Plan, checks: dict[int, dict[str, float]]) -> dict[str, Any]:
         "trainer_gpus": plan.trainer_gpus,
         "staleness": {str(staleness): {
             "rollout_gpus": one.rollout_gpus, "judge_gpus": one.judge_gpus, "step_seconds": one.step_seconds, "wait_share": one.wait_share,
+            "judge_questions_per_second": work.questions / one.step_seconds, "judge_requests_per_second": work.requests / one.step_seconds,
             "reachable": one.reachable, "judge_utilisation": one.judge_utilisation, "rollout_utilisation": one.rollout_utilisation,
             "run_hours": plan.run_seconds[staleness] / 3600, "gpu_hours": plan.gpus(staleness) * plan.run_seconds[staleness] / 3600,
             "watt_hours": None if options.measured and not options.board_power else plan.watts(staleness) * plan.run_seconds[staleness] / 3600,
@@ -92,7 +97,12 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
     for one in work.asked:
         yield (f"  {one.name:<11} {one.questions * work.pools:>12,} questions   {_count(one.prompt_tokens * work.pools):>8} prompt tokens   "
                f"{_count(one.questions * one.answer_tokens * work.pools):>8} answer tokens")
-    yield f"  {'judges':<11} {work.questions:>12,} questions   whole run {_count(plan.run_questions)}; rewrites {work.rewrites:,}, whole run {_count(plan.run_rewrites)}"
+        if len(one.rounds) > 1 or one.limits[0] != one.limits[1]:
+            least, most = (count * work.pools for count in one.limits)
+            yield (f"  {'':<11} in {len(one.rounds)} rounds that wait for each other; " + (
+                f"estimated, between {least:,} and {most:,} questions, by the answers" if least != most else "as many whatever the answers are"))
+    yield (f"  {'judges':<11} {work.questions:>12,} questions   in {work.requests:,} requests; whole run {_count(plan.run_questions)} questions; "
+           f"rewrites {work.rewrites:,}, whole run {_count(plan.run_rewrites)}")
     yield f"  trained tokens {work.rows * work.sequence:,} ({work.rows} sequences of {work.sequence}), rollout tokens {work.pools * work.rollouts * work.suffix:,}"
 
     yield from _head("FLOPs of a step")
@@ -116,7 +126,9 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
     yield "                                staleness 0    staleness 1"
     rows = (("rollout GPUs", lambda s: f"{s.rollout_gpus:,}" if s.rollout_gpus else "(trainer)"), ("judge GPUs", lambda s: f"{s.judge_gpus:,}"),
             ("seconds a step", lambda s: f"{s.step_seconds:.3g}"), ("  of which the trainer waits", lambda s: f"{s.wait_share:.1%}"),
-            ("judges busy", lambda s: f"{s.judge_utilisation:.0%}"))
+            ("judges busy", lambda s: f"{s.judge_utilisation:.0%}"),
+            ("judge questions a second", lambda s: f"{work.questions / s.step_seconds:,.4g}"),
+            ("judge requests a second", lambda s: f"{work.requests / s.step_seconds:,.4g}"))
     for name, show in rows:
         yield f"  {name:<28}{show(plan.sizing[0]):>12}{show(plan.sizing[1]):>15}"
     parts = plan.sizing[options.staleness].pipeline
