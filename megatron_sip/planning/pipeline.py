@@ -10,7 +10,7 @@ staleness 1: rollouts and questions of step n + 1 begin with step n, so a pool h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, log, sqrt
 from statistics import NormalDist
 
 
@@ -95,16 +95,24 @@ class Pipeline:
     def verdicts(self, pools: float, sureness: float = 0.57) -> float:
         """Seconds until the questions of so many pools, asked together, are answered. The rounds of a pool wait for each other, meanwhile the
         slots answer the questions of other pools: what counts is the longer of full slots and the rounds in a row."""
-        requests = pools * self.questions
+        seconds, requests = self.question_seconds, pools * self.questions
         if requests <= 0:
             return 0.0
-        rounds = max((sum(self._round(count) for count in chain[:-1]) for chain in self.chains), default=0.0)
-        seconds = self.question_seconds
-        return max(rounds + seconds, requests * seconds / self.slots) + max(0.0, self.slowest(seconds, requests, sureness) - seconds)
+        rounds = max((self._in_a_row(chain, pools, sureness) for chain in self.chains), default=0.0)
+        return max(rounds, self.answered(seconds, requests, sureness))
 
-    def _round(self, questions: int) -> float:
-        """Seconds of one round of a pool, in free slots."""
-        return self.slowest(self.question_seconds, questions) * max(1.0, questions / self.slots)
+    def _in_a_row(self, chain: tuple[int, ...], pools: float, sureness: float) -> float:
+        """What the slowest of so many pools needs for rounds in free slots; the sum of their times taken for lognormal."""
+        means = [self.slowest(self.question_seconds, count) * max(1.0, count / self.slots) for count in chain]
+        mean, variance = sum(means), sum(one**2 * (exp(self._spread(count) ** 2) - 1) for one, count in zip(means, chain))
+        sigma = sqrt(log(1 + variance / mean**2)) if mean else 0.0
+        draws = max(1.0, min(pools, self.slots / max(chain)))
+        return mean * exp(sigma * NormalDist().inv_cdf(sureness ** (1.0 / draws)) - sigma**2 / 2) if draws > 1 else mean
+
+    def _spread(self, requests: float) -> float:
+        """Sigma of the slowest of so many."""
+        high, low = (NormalDist().inv_cdf(share ** (1.0 / requests)) for share in (0.84, 0.16))
+        return self.sigma * (high - low) / 2
 
     def step_seconds(self, staleness: int) -> float:
         """Seconds of a step when all goes on steadily."""

@@ -84,10 +84,10 @@ def test_more_to_judge_needs_more_judges() -> None:
     assert judges == sorted(set(judges))
 
 
-def test_a_cheaper_strategy_needs_fewer_judges_and_says_how_it_asks() -> None:
+def test_fewer_questions_need_fewer_judges_unless_their_rounds_take_too_long() -> None:
     judges = ["teacher.judges=[{kind: quality, strategy: %s}]" % name for name in ("all_pairs", "adaptive", "tournament")]
     gpus = [plan_of("continual_quality", one, judge_parameters=8e9).sizing[1].judge_gpus for one in judges]
-    assert gpus == sorted(set(gpus), reverse=True)
+    assert gpus[2] < gpus[0] < gpus[1]  # adaptive: fewer questions than all pairs, but in many rounds, for which servers have to be nearly idle
     done = tool("configs/continual_quality.yaml", "--judge-parameters", "8e9", judges[1])
     assert "rounds that wait for each other; estimated, between 7,424 and 30,720 questions" in done.stdout
     done = tool("configs/continual_quality.yaml", "--judge-parameters", "8e9", judges[2], "--json")
