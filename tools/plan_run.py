@@ -6,9 +6,9 @@
     python tools/plan_run.py CONFIG --phases                              # FLOPs, bytes and bottleneck of each phase
     python tools/plan_run.py CONFIG --check RUN/metrics.jsonl [OTHER/metrics.jsonl]
 
-Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other two steps of a
-run and predicts those between them, or from all steps of the first run and predicts the second. docs/planning.md has the formulas. Exit
-code 2 for what cannot be planned.
+Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other
+two steps of a run and predicts those between them, or from all steps of the first run and predicts the second. docs/planning.md has the
+formulas. Exit code 2 for what cannot be planned.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def arguments() -> argparse.ArgumentParser:
     rates.add_argument("--simulate", type=int, default=0, metavar="STEPS",
                        help="run so many steps of the planned fleet as a discrete-event simulation")
     rates.add_argument("--seed", type=int, default=1, help="of the simulation")
-    parser.add_argument("--phases", action="store_true", help="print FLOPs, bytes and bottleneck of each phase of a step on the trainer's kind of GPU instead")
+    parser.add_argument("--phases", action="store_true",
+                        help="print FLOPs, bytes and bottleneck of each phase of a step on the trainer's kind of GPU instead")
     parser.add_argument("--json", action="store_true", help="print plain values")
     assumptions = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):

@@ -95,7 +95,8 @@ class Given:
             return shapes.of_parameters(options.judge_parameters, options.judge_active_parameters)
         if model and (Path(model) / "config.json").is_file():
             return shapes.of_folder(Path(model))
-        raise PlanError(f"the judge's size is not known: teacher.model={model!r} is no folder with a config.json here; give --judge-parameters, e.g. 8e9")
+        raise PlanError(f"the judge's size is not known: teacher.model={model!r} is no folder with a config.json here; give --judge-parameters, "
+                        "e.g. 8e9")
 
     def _tensor_parallel(self) -> tuple[int, int]:
         given = self.config.teacher.tensor_parallel_size
@@ -119,9 +120,9 @@ class Given:
                 return size
         one = costs.Server(shape, gpu, given or 16, self.assume)
         weights, cache = memory.server(one, sequences, tokens)
-        raise PlanError(f"impossible layout: {what} needs {(weights + cache) / 1e9:.0f} GB on each of {one.tensor_parallel} GPUs (weights {weights / 1e9:.0f}, cache of "
-                        f"{sequences} sequences {cache / 1e9:.0f}), of {gpu.memory * self.assume.memory_share / 1e9:.0f} GB that may be used of a {gpu.name}; "
-                        f"raise {flag} or lower teacher.concurrency")
+        raise PlanError(f"impossible layout: {what} needs {(weights + cache) / 1e9:.0f} GB on each of {one.tensor_parallel} GPUs (weights "
+                        f"{weights / 1e9:.0f}, cache of {sequences} sequences {cache / 1e9:.0f}), of {gpu.memory * self.assume.memory_share / 1e9:.0f} GB "
+                        f"that may be used of a {gpu.name}; raise {flag} or lower teacher.concurrency")
 
     @property
     def policy_width(self) -> int:

@@ -63,8 +63,9 @@ class Fleets:
         chunks, writing = self._rollouts(work, rollout_gpus)
         questions, question, rewrite, slots = self._fleet(work, judge_gpus)
         return Pipeline(
-            work.pools, self.given.data_parallel, config.train.micro_batch_size, seconds / microbatches, chunks, writing / chunks if chunks else 0.0, questions,
-            question, 1 if work.rewriter else 0, rewrite, slots, 0.0 if rates else self.given.assume.latency_sigma, sync, update, self.given.in_process,
+            work.pools, self.given.data_parallel, config.train.micro_batch_size, seconds / microbatches, chunks, writing / chunks if chunks else 0.0,
+            questions, question, 1 if work.rewriter else 0, rewrite, slots, 0.0 if rates else self.given.assume.latency_sigma, sync, update,
+            self.given.in_process,
             tuple(judge.rounds for judge in work.judges if len(judge.rounds) > 1))
 
     def _rollouts(self, work: Workload, gpus: float) -> tuple[int, float]:
