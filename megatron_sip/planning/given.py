@@ -121,7 +121,8 @@ class Given:
         one = costs.Server(shape, gpu, given or 16, self.assume)
         weights, cache = memory.server(one, sequences, tokens)
         raise PlanError(f"impossible layout: {what} needs {(weights + cache) / 1e9:.0f} GB on each of {one.tensor_parallel} GPUs (weights "
-                        f"{weights / 1e9:.0f}, cache of {sequences} sequences {cache / 1e9:.0f}), of {gpu.memory * self.assume.memory_share / 1e9:.0f} GB "
+                        f"{weights / 1e9:.0f}, cache of {sequences} sequences {cache / 1e9:.0f}), of "
+                        f"{gpu.memory * self.assume.memory_share / 1e9:.0f} GB "
                         f"that may be used of a {gpu.name}; raise {flag} or lower teacher.concurrency")
 
     @property

@@ -68,7 +68,8 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
     if options.measured is None and trainer.total > room:
         raise PlanError(f"impossible layout: the trainer needs {trainer.total / 1e9:.0f} GB a GPU, of {room / 1e9:.0f} GB that may be used of a "
                         f"{given.gpu.name} (weights {trainer.weights / 1e9:.0f}, gradients {trainer.gradients / 1e9:.0f}, optimizer "
-                        f"{trainer.optimizer / 1e9:.0f}, reference {trainer.reference / 1e9:.0f}, activations {trainer.activations / 1e9:.0f}); raise --trainer-gpus with "
+                        f"{trainer.optimizer / 1e9:.0f}, reference {trainer.reference / 1e9:.0f}, activations {trainer.activations / 1e9:.0f}); "
+                        "raise --trainer-gpus with "
                         "parallel.use_distributed_optimizer=true, parallel.tensor_model_parallel_size or pipeline_model_parallel_size")
     sizing = {staleness: fleets.size(staleness) for staleness in (0, 1)}
     seconds = {staleness: sum(count * fleets.pipeline(work, one.rollout_gpus or given.writing_gpus, one.judge_gpus or 1).step_seconds(staleness)

@@ -139,7 +139,8 @@ def _lines(plan: Plan, checks: dict[int, dict[str, float]]) -> Iterator[str]:
            f"{parts.training_seconds:.3g} s, update {parts.update_seconds:.3g} s")
     if not plan.sizing[1].reachable:
         yield (f"  No fleet surely brings the waiting at staleness 1 below {options.target_wait:.0%}: sync, rollouts and the slowest answers take "
-               "two such steps, however many servers there are. Fewer trainer GPUs, cached rewrites, a faster sync, a larger rollout.batch_size or shorter answers help.")
+               "two such steps, however many servers there are. Fewer trainer GPUs, cached rewrites, a faster sync, a larger rollout.batch_size or "
+               "shorter answers help.")
     yield ("  Named are, at staleness 0, the fewest with which more would shorten the step by less than a fifth; at 1, with which the trainer "
            f"waits less than {options.target_wait:.0%}.")
     for staleness, found in checks.items():
