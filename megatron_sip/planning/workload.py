@@ -182,7 +182,7 @@ def _judge(judge: JudgeSection, size: int, prefix: float, suffix: float, counter
 
 
 def _compared(comparisons: int, size: int, judge: JudgeSection) -> list[list[tuple[int, int]]]:
-    """So many pairs in one round, spread over the candidates; who stands first is a coin's choice."""
+    """So many pairs in one round; with every step round the circle each candidate stands first once."""
     pairs = [(i, (i + step) % size) for step in range(1, size // 2 + 1) for i in range(size if 2 * step < size else size // 2)]
     if not 1 <= comparisons <= len(pairs):
         raise PlanError(f"--comparisons={comparisons}: a pool of {size} candidates has 1 to {len(pairs)} pairs")
