@@ -64,6 +64,7 @@ def _run(config: RunConfig) -> int:
     try:
         tokenizer = Tokenizer(config.data.tokenizer_model)
         runtime = policy_runtime.start(config)
+        config = policy_runtime.settle(config, runtime)
         trainer = Trainer(config, runtime, tokenizer)
         return trainer.run()
     except (ConfigError, DataError, CheckpointError, ServerError, TeacherError, RolloutError) as error:

@@ -128,7 +128,7 @@ class Given:
     @property
     def policy_width(self) -> int:
         """Bytes a parameter."""
-        return 2 if self.config.model.params_dtype == "bfloat16" else 4
+        return 4 if self.config.model.params_dtype == "float32" else 2
 
     @property
     def writing_gpus(self) -> int:
