@@ -13,7 +13,7 @@ import pytest
 
 from jobs import REPOSITORY, environment, processes, submit, trained, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NTP = ("pool.rewrite=false pool.rollouts=0 pool.rollouts_start_step=0 teacher.judges=[] objective.dpo_weight=0 objective.nll_on=all "
        "objective.reference=none")

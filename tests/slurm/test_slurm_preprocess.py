@@ -17,7 +17,7 @@ from tests.conftest import standard_library
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "preprocess_redpajama.sh"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
