@@ -337,7 +337,7 @@ class Trainer:
 
     def _sync_reference(self, step: int, plan: StepPlan) -> None:
         """Make the reference when it is first needed, and copy the policy into a synced one every n steps."""
-        if not plan.paired or self.config.objective.reference == "none":
+        if not plan.referenced or not self.config.has_reference:
             return
         since = step - 1 - self.config.pool.rollouts_start_step
         due = self.config.objective.reference == "synced" and since % self.config.objective.reference_sync_interval == 0

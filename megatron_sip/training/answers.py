@@ -1,0 +1,144 @@
+"""Groups of answers -> rows of a step -> arrays of one microbatch -> tensors on every rank of a model replica.
+
+In: :class:`Group`, a prompt with its answers and their rewards. Out: :class:`Answers`, what ``Microbatch`` is to pairs.
+
+- Equal answers of a group have equal rewards, so they are one row of that many times the weight (one-word verdicts: two rows a group).
+- An answer whose advantage is 0 has no gradient. Unless there is a KL term it needs no row; its tokens count in the mean all the same.
+- Every sequence of a step is as long as its longest, rounded up to what the layout can split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sip.config import RunConfig
+from megatron_sip.objective.grpo import AnswerInputs, group_advantages, grpo_loss
+from megatron_sip.pool import PairId
+from megatron_sip.rollout.engine import Rollout
+from megatron_sip.training.microbatch import Arrays
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and what was answered.
+
+    Attributes:
+        pair: identity of the sample.
+        answers: of one group, in the order of the engine.
+        rewards: one an answer, ``None`` where it is not known.
+        usable: the answer was of the form that was asked for.
+        notes: what people want to read of each answer (text, verdict).
+    """
+
+    pair: PairId
+    prompt_ids: tuple[int, ...]
+    answers: tuple[Rollout, ...] = ()
+    rewards: tuple[float | None, ...] = ()
+    usable: tuple[bool, ...] = ()
+    notes: tuple[dict, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence to train on: prompt, answer, advantage, and how many equal answers it stands for."""
+
+    prompt_ids: tuple[int, ...]
+    answer: Rollout
+    advantage: float
+    weight: int
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.answer.token_ids)
+
+
+def rows_of(groups: Sequence[Group], *, scale: bool, keep_zero: bool) -> tuple[list[Row], int]:
+    """Rows of a step, and the number of tokens that count in its mean without a row.
+
+    Args:
+        scale: see :func:`group_advantages`.
+        keep_zero: answers without an advantage get rows, too (for the KL term).
+    """
+    rows: dict[tuple[int, tuple[int, ...], float], Row] = {}
+    others = 0
+    for number, group in enumerate(groups):
+        for answer, advantage in zip(group.answers, group_advantages(group.rewards, scale=scale), strict=True):
+            if advantage is None or not answer.token_ids:
+                continue
+            if advantage == 0 and not keep_zero:
+                others += len(answer.token_ids)
+                continue
+            key = number, answer.token_ids, advantage
+            known = rows.get(key)
+            rows[key] = Row(group.prompt_ids, answer, advantage, 1 if known is None else known.weight + 1)
+    return list(rows.values()), others
+
+
+def padded_length(rows: Sequence[Row], config: RunConfig) -> int:
+    """Length of a step's sequences: of the longest, rounded up so that context and sequence parallel ranks can split it."""
+    parallel = config.parallel
+    multiple = 8 * parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    longest = max((row.length for row in rows), default=1)
+    return -(-longest // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Answers(Arrays):
+    """Arrays of R answers.
+
+    Attributes:
+        tokens: int64 [R, S].
+        suffix_mask: float32 [R, S], 1 where the label is a token of the answer.
+        engine_logprobs: float32 [R, S], as the engine reported them; 0 elsewhere.
+        advantages, weights: float32 [R]; a row of weight 0 fills the microbatch.
+        other_tokens: int64 [1], tokens without a row.
+    """
+
+    suffix_mask: np.ndarray
+    engine_logprobs: np.ndarray
+    advantages: np.ndarray
+    weights: np.ndarray
+    other_tokens: np.ndarray
+
+    paired = False  # there is no rejected row
+
+    @property
+    def valid(self) -> np.ndarray:
+        return self.weights > 0
+
+    @property
+    def nll_mask(self) -> np.ndarray:
+        return self.suffix_mask
+
+    def loss(self, token_ce: Tensor, config: RunConfig, has_reference: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What Megatron's schedule calls on the last stage: see :func:`grpo_loss`."""
+
+        def move(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(token_ce.device, non_blocking=True)
+
+        inputs = AnswerInputs(move(self.suffix_mask), move(self.engine_logprobs), move(self.advantages), move(self.weights), move(self.other_tokens)[0])
+        return grpo_loss(token_ce, inputs, config.grpo, has_reference)
+
+
+def collate_answers(rows: Sequence[Row], count: int, length: int, other_tokens: int = 0) -> Answers:
+    """Arrays of ``count`` rows, of which the last are empty where there are fewer.
+
+    Raises:
+        ValueError: a row does not fit into ``length``.
+    """
+    batch = Answers(np.zeros((count, length), np.int64), np.zeros((count, length), np.float32), np.zeros((count, length), np.float32),
+                    np.zeros(count, np.float32), np.zeros(count, np.float32), np.array([other_tokens], np.int64))
+    for i, row in enumerate(rows):
+        start, end = len(row.prompt_ids), row.length
+        if end > length:
+            raise ValueError(f"a prompt of {start} and an answer of {end - start} tokens exceed {length}")
+        batch.tokens[i, :start], batch.tokens[i, start:end] = row.prompt_ids, row.answer.token_ids
+        batch.suffix_mask[i, start - 1 : end - 1] = 1.0
+        batch.engine_logprobs[i, start - 1 : end - 1] = row.answer.logprobs
+        batch.advantages[i], batch.weights[i] = row.advantage, row.weight
+    return batch
