@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,13 @@ class Group:
     answers: tuple[Rollout, ...] = ()
     rewards: tuple[float | None, ...] = ()
     usable: tuple[bool, ...] = ()
-    notes: tuple[dict, ...] = ()
+    notes: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def fate(self) -> str:
+        """What becomes of it: ``trained``, ``uniform`` (equal rewards: no gradient but that of a KL term), or ``no_reward`` (fewer than two)."""
+        known = [reward for reward in self.rewards if reward is not None]
+        return "no_reward" if len(known) < 2 else "uniform" if min(known) == max(known) else "trained"
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,9 @@ class Schedule:
         self._model.train()
         return {f"eval {key}": value for key, value in merge_sums(parts).items() if key in ("loss/nll", "n/valid")}
 
-    def _run(self, batches: Iterator[Microbatch], count: int, *, paired: bool, forward_only: bool) -> list[dict[str, float]]:
-        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only)
+    def _run(self, batches: Iterator[Microbatch | Answers], count: int, *, paired: bool, forward_only: bool,
+             length: int | None = None) -> list[dict[str, float]]:
+        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only, length=length)
         return [{key: value.item() for key, value in part.items()} for part in parts]
 
 
