@@ -95,8 +95,10 @@ def build(options: argparse.Namespace, recipe: Recipe) -> None:
 
     with running_teacher(options, recipe) if asks and todo else contextlib.nullcontext() as teacher, ThreadPoolExecutor(options.concurrency) as pool:
         def one(number: int) -> Made:
-            other = documents[number % len(documents)]  # the next one
-            return make_samples(documents[number - 1], other.words, recipe, spoiler(teacher), labeller(teacher, options.label_samples))
+            mine = documents[number - 1]
+            later = documents[number:] + documents[: number - 1]  # the next one of the same part, so that validation texts are seen in validation only
+            other = next((each for each in later if each.part(recipe) == mine.part(recipe)), later[0])
+            return make_samples(mine, other.words, recipe, spoiler(teacher), labeller(teacher, options.label_samples))
 
         for number, made in zip(todo, pool.map(one, todo)):
             done[number] = {"samples": made.samples, "missing": dict(made.missing)}
