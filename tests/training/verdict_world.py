@@ -70,7 +70,7 @@ def settings(folder: Path, run: Path) -> dict:
         "run": {"dir": str(run)},
         "data": {"tokenizer_model": str(folder / "model")},
         "model": {"init_from": str(folder / "model"), "params_dtype": "float32", "max_position_embeddings": 64},
-        "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "lr_warmup_iters": 10, "weight_decay": 0.0, "adam_beta2": 0.99},
+        "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "lr_warmup_iters": 0, "weight_decay": 0.0, "adam_beta2": 0.99},
         "train": {"train_iters": 300, "global_batch_size": 32, "micro_batch_size": 32, "eval_interval": 20, "eval_pairs": 200},
         "pool": {"original": False, "rewrite": False, "rollouts": 8},
         "rollout": {"batch_size": 256}, "objective": {"reference": "none"},
