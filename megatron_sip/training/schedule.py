@@ -122,7 +122,12 @@ def forward_backward(config: RunConfig, runtime: Runtime, policy: Policy, model:
 
     def forward_step(iterator: Iterator[Microbatch | Answers], chunk: torch.nn.Module):
         batch = next(iterator)
-        inputs = packed_inputs(batch, data.prefix_length, data.suffix_length, multiple, device) if policy.shares_prefix else batch.model_inputs(device)
+        if not policy.shares_prefix:
+            inputs = batch.model_inputs(device)
+        elif isinstance(batch, Answers):
+            inputs = batch.needed_inputs(device)
+        else:
+            inputs = packed_inputs(batch, data.prefix_length, data.suffix_length, multiple, device)
         token_ce = chunk(**inputs)
         return token_ce, partial(batch.loss, config=config, has_reference=has_reference)
 

@@ -26,7 +26,7 @@ from megatron_sip.data.order import Permutation
 from megatron_sip.pool import PairId
 from megatron_sip.rollout.engine import Rollout
 from megatron_sip.teacher.samples import TASKS, Sample, read_samples
-from megatron_sip.training.answers import Answers, Group, collate_answers, padded_length, rows_of
+from megatron_sip.training.answers import Answers, Group, collate_answers, padded_length, rows_of, sequences_of
 from megatron_sip.training.bank import Page
 from megatron_sip.training.loop import Trainer
 from megatron_sip.training.plan import StepPlan, plan_step
@@ -123,20 +123,20 @@ class GroupSchedule(Schedule):
         config, runtime = self._config, self._runtime
         self._policy.reference_active = plan.referenced and self._policy.reference is not None
         self.drop_gradients()
-        size, rows, others, shape = config.train.micro_batch_size, [], 0, None
+        size, sequences, others, shape = config.train.micro_batch_size, [], 0, None
         if runtime.is_lead:
             groups = take(config.train.global_batch_size // runtime.dp_size)
             rows, others = rows_of(groups, scale=config.grpo.scale_rewards, keep_zero=config.grpo.kl_weight > 0)
-            rows.sort(key=lambda row: -row.length)
+            sequences = sequences_of(rows, share=self._policy.shares_prefix)
             parallel = config.parallel
             unit = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
-            shape = [max(1, -(-len(rows) // (size * unit))) * unit, padded_length(rows, config)]
+            shape = [max(1, -(-len(sequences) // (size * unit))) * unit, padded_length(rows, config)]
         count, length = self._exchange.tell(f"shape-{step}", shape)
         made = iter(range(count))
 
         def make() -> Answers:
             at = next(made)
-            return collate_answers(rows[at * size : (at + 1) * size], size, length, 0 if at else others)
+            return collate_answers(sequences[at * size : (at + 1) * size], size, length, 0 if at else others)
 
         batches = self._exchange.microbatches(f"train-{step}", count, make, Answers)
         return self._run(batches, count, paired=False, forward_only=False, length=length)

@@ -12,7 +12,7 @@ from megatron_sip.config import RunConfig
 from megatron_sip.objective.grpo import group_advantages
 from megatron_sip.pool import PairId
 from megatron_sip.rollout.engine import Rollout
-from megatron_sip.training.answers import Answers, Group, collate_answers, rows_of
+from megatron_sip.training.answers import Answers, Group, collate_answers, rows_of, sequences_of
 
 V, LONGEST = 11, 9
 CPU = torch.device("cpu")
@@ -87,8 +87,9 @@ def test_loss_and_gradient_equal_the_slow_reference(settings):
     has_reference = config.grpo.kl_weight > 0
     rows, others = rows_of(groups, scale=config.grpo.scale_rewards, keep_zero=has_reference)
     loss, tokens, clipped = 0.0, 0, 0.0
-    for at in range(0, len(rows), 3):
-        batch = Answers.from_bytes(collate_answers(rows[at : at + 3], 3, LONGEST, others if at == 0 else 0).to_bytes())
+    sequences = sequences_of(rows, share=False)
+    for at in range(0, len(sequences), 3):
+        batch = Answers.from_bytes(collate_answers(sequences[at : at + 3], 3, LONGEST, others if at == 0 else 0).to_bytes())
         ce = cross_entropy(policy, batch)
         part, count, sums = batch.loss(torch.cat([ce, cross_entropy(reference, batch)]) if has_reference else ce, config, has_reference)
         loss, tokens, clipped = loss + part, tokens + int(count), clipped + float(sums["grpo/clipped"])
@@ -115,7 +116,7 @@ def test_on_policy_gradient_is_that_of_the_advantage_weighted_log_likelihood():
     answers = tuple(Rollout(i, tuple(float(x) for x in table_logp(table)(prompt, i)), 1) for i in ids)
     config = make_config()
     rows, _ = rows_of([Group(PairId("d", 0, 0), prompt, answers, (1.0, 0.0))], scale=False, keep_zero=False)
-    batch = collate_answers(rows, 2, LONGEST)
+    batch = collate_answers([[row] for row in rows], 2, LONGEST)
     batch.loss(cross_entropy(table, batch), config, False)[0].backward()
     gradient, table.grad = table.grad, None
     logp = [sum(table_logp(table)(prompt, i)) for i in ids]
@@ -134,7 +135,7 @@ def test_what_has_no_gradient_has_no_row_and_counts():
 
 def test_nothing_in_a_filling_row_or_outside_the_answer_reaches_loss_or_gradient():
     rows, _ = rows_of(make_groups(), scale=True, keep_zero=False)
-    batch = collate_answers(rows[:1], 2, LONGEST, 7)
+    batch = collate_answers([rows[:1]], 2, LONGEST, 7)
     ce = torch.full((2, LONGEST), 1.0)
     ce[batch.suffix_mask == 0] = float("inf")
     ce.requires_grad_()
@@ -144,4 +145,17 @@ def test_nothing_in_a_filling_row_or_outside_the_answer_reaches_loss_or_gradient
     assert int(tokens) == n + 7 and math.isfinite(loss.item()) and all(math.isfinite(float(x)) for x in sums.values())
     assert int((ce.grad != 0).sum()) <= n and bool(torch.isfinite(ce.grad).all())
     with pytest.raises(ValueError, match="exceed 3"):
-        collate_answers(rows, len(rows), 3)
+        collate_answers([[row] for row in rows], len(rows), 3)
+
+
+def test_one_word_answers_share_their_prompt():
+    """What the model reads once gives each answer its own cross entropy."""
+    prompt = (3, 4, 5)
+    groups = [Group(PairId("d", 0, 0), prompt, tuple(Rollout((token,), (-1.0,), 1) for token in (7, 8, 7)), (1.0, 0.0, 1.0)),
+              Group(PairId("d", 1, 0), (1, 2), (Rollout((7, 8), (-1.0, -2.0), 1), Rollout((9,), (-1.0,), 1)), (1.0, 0.0))]
+    sequences = sequences_of(rows_of(groups, scale=True, keep_zero=False)[0], share=True)
+    assert [[row.answer.token_ids for row in some] for some in sequences] == [[(7,), (8,)], [(7, 8)], [(9,)]]
+    batch = collate_answers(sequences, 4, LONGEST)
+    assert batch.tokens.shape == (4, LONGEST) and batch.labels.shape == (5, LONGEST) and batch.sequence.tolist() == [0, 0, 1, 2, 3] and batch.weights.tolist() == [2, 1, 1, 1, 0]
+    needed = batch.needed_inputs(CPU)["needed"]
+    assert needed.labels.tolist() == [7, 8, 7, 8, 9] and needed.source.tolist() == [2 * 4 + 0, 2 * 4 + 0, 1 * 4 + 1, 2 * 4 + 1, 1 * 4 + 2] and needed.shape == (5, LONGEST)

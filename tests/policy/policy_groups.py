@@ -14,7 +14,7 @@ from megatron_sip.policy.model import build_policy, finalize_gradients, make_ref
 from megatron_sip.policy.weights import gather_hf_state, load_hf_state
 from megatron_sip.pool import PairId
 from megatron_sip.rollout.engine import Rollout
-from megatron_sip.training.answers import Answers, Group, collate_answers, padded_length, rows_of
+from megatron_sip.training.answers import Answers, Group, collate_answers, padded_length, rows_of, sequences_of
 from megatron_sip.training.exchange import Exchange
 from megatron_sip.training.schedule import forward_backward
 from policy_judged import CP, PP, SP, TP, VOCAB, VPP, weights
@@ -37,7 +37,7 @@ def groups() -> list[Group]:
     made = []
     for i in range(GROUPS):
         answers = [Rollout(tuple(int(x) for x in rng.integers(0, VOCAB, n)), tuple(float(x) for x in -np.log(VOCAB) + 0.6 * rng.normal(size=n)), 1)
-                   for n in rng.integers(1, 13, ANSWERS)]
+                   for n in (rng.integers(1, 13, ANSWERS) if i < GROUPS - 1 else [1] * ANSWERS)]
         rewards = [(1.0, 0.0, 0.0, 1.0), (0.5, None, 0.0, 1.0), (1.0,) * 4, (None, None, None, 0.0), (0.0, 1.0, 0.0, 0.0)][i]
         made.append(Group(PairId("d", i, 0), tuple(int(x) for x in rng.integers(0, VOCAB, int(rng.integers(3, 21)))), tuple(answers), rewards))
     return made
@@ -68,9 +68,11 @@ def gradients(output: Path, layout: str) -> dict[str, Any]:
         policy.reference_active = kl_weight > 0
         model.zero_grad_buffer()
         rows, others = rows_of(groups(), scale=True, keep_zero=kl_weight > 0)
-        count, length = -(-len(rows) // MICRO), padded_length(rows, config)
+        sequences = sequences_of(rows, share=policy.shares_prefix)
+        assert (len(sequences) < len(rows)) == policy.shares_prefix  # the one-word answers
+        count, length = -(-len(sequences) // MICRO), padded_length(rows, config)
         count += count % 2  # interleaved stages take microbatches in pairs: the last may be empty
-        made = iter([collate_answers(rows[at * MICRO : (at + 1) * MICRO], MICRO, length, 0 if at else others) for at in range(count)])
+        made = iter([collate_answers(sequences[at * MICRO : (at + 1) * MICRO], MICRO, length, 0 if at else others) for at in range(count)])
         exchange = Exchange(started.store, started.dp_rank, started.world_size // started.dp_size - 1, started.is_lead, started.timeout, "here")
         [told, shared] = exchange.tell(f"shape-{kl_weight}", [count, length] if started.is_lead else None)
         parts = forward_backward(config, started, policy, model, exchange.microbatches(f"kl-{kl_weight}", told, lambda: next(made), Answers), told,
