@@ -84,7 +84,7 @@ def learning(folder: Path, run: Path) -> dict:
     """The configuration with which the model learns the task. The KL term keeps it from saying the same verdict every time before it has seen why."""
     tree = settings(folder, run)
     tree["optimizer"] |= {"lr": 1e-3, "min_lr": 1e-4}
-    tree["train"] |= {"train_iters": 200, "global_batch_size": 64, "micro_batch_size": 64}
+    tree["train"] |= {"train_iters": 140, "global_batch_size": 64, "micro_batch_size": 64}
     tree["pool"]["rollouts"], tree["rollout"]["batch_size"] = 16, 1024
     tree["objective"]["reference"], tree["grpo"]["kl_weight"] = "frozen", 0.05
     return tree
