@@ -367,6 +367,8 @@ def _grpo_problems(config: RunConfig, grpo: GrpoSection) -> list[str]:
         problems.append("grpo: a group is pool.rollouts answers to one prompt, at least 2; set pool: {original: false, rewrite: false, rollouts: 16}")
     if config.debug != DebugSection():
         problems.append("grpo: pools are neither recorded nor replayed; unset debug.*")
+    if config.train.loss_spike_factor:
+        problems.append("grpo: the loss is near 0 whatever the answers are worth, so train.loss_spike_factor finds nothing; set it to 0")
     if grpo.kl_weight > 0 and config.objective.reference == "none":
         problems.append("grpo.kl_weight > 0 needs objective.reference=frozen or synced")
     if not grpo.reasoning and grpo.task == "judge":

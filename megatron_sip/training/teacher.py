@@ -125,7 +125,8 @@ class GroupSchedule(Schedule):
         self.drop_gradients()
         size, sequences, others, shape = config.train.micro_batch_size, [], 0, None
         if runtime.is_lead:
-            groups = take(config.train.global_batch_size // runtime.dp_size)
+            # By sample, not by arrival: then it does not matter whose rewards came first.
+            groups = sorted(take(config.train.global_batch_size // runtime.dp_size), key=lambda group: group.pair.document)
             rows, others = rows_of(groups, scale=config.grpo.scale_rewards, keep_zero=config.grpo.kl_weight > 0)
             sequences = sequences_of(rows, share=self._policy.shares_prefix)
             parallel = config.parallel

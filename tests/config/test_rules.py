@@ -335,6 +335,7 @@ _GROUPS = {"pool": {"original": False, "rewrite": False, "rollouts": 4}}
     ({"grpo": {"kl_weight": 0.1}, "objective": {"reference": "none"}}, "needs objective.reference=frozen or synced"),
     ({"grpo": {"task": "rewrite"}, "teacher": {"model": "m"}}, "teacher.judges is empty"),
     ({"grpo": {"task": "rewrite"}, "teacher": {"model": "m", "judges": [{"kind": "likelihood"}]}}, "use quality and safety"),
+    ({"train": {"loss_spike_factor": 3.0}}, "set it to 0"),
     ({"debug": {"train_only": True}}, "neither recorded nor replayed"),
     ({"model": {"max_position_embeddings": 2048}}, "grpo.prompt_length + grpo.answer_length = 3584 + 512 = 4096 > model.max_position_embeddings = 2048"),
 ])
