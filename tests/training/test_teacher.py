@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_sip import train
 from megatron_sip.training.jsonl import read_jsonl
 from megatron_sip.training.ledger import read_ledger
 from tests.training.runs import assert_same_weights, execute, finish
+from tests.training.scripted_teacher import KEY, MODEL, ScriptedTeacher
 from tests.training.verdict_world import learning, settings, write_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -119,6 +121,30 @@ def test_the_tool_trains_and_exports_a_folder_that_gives_the_same_verdicts(world
 def test_what_cannot_be_trained_is_refused(world: Path, tmp_path: Path, capsys, overrides: list[str], message: str) -> None:
     assert train.main(["--config", str(config_of(world, tmp_path / "run", **SHORT, model={**settings(world, tmp_path)["model"], "max_position_embeddings": 200})), *overrides]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_rewriter_is_scored_by_running_judges(world: Path, tmp_path: Path, scripted: ScriptedTeacher) -> None:
+    """A random model copies nothing, so safe suffixes earn 0; what it makes of unsafe ones is scored by a server, and a server that dies ends the run
+    with everything saved, no reward made up."""
+    common = {"task": "rewrite", "kind": "original", "document": "d", "domain": "x", "prefix": "wave salt ship tide gull"}
+    (tmp_path / "rewrite.jsonl").write_text("".join(
+        json.dumps({**common, "id": str(i), "label": label, "suffix": f" {word} gull tide"}) + "\n"
+        for i, (label, word) in enumerate([("safe", "ship"), ("unsafe", "curse"), ("safe", "salt"), ("unsafe", "wave")] * 4)))
+    (tmp_path / "rewrite.txt").write_text("${fence} text ${lead} ${suffix} better\n")
+    (tmp_path / "key").write_text(KEY)
+    run = tmp_path / "rewriter"
+    path = config_of(world, run, **SHORT, grpo={"task": "rewrite", "data": [str(tmp_path / "rewrite.jsonl")], "prompt_length": 40, "answer_length": 8},
+                     teacher={"model": MODEL, "urls": [scripted.url], "api_key_file": str(tmp_path / "key"), "request_timeout": 5, "outage_timeout": 3,
+                              "judges": [{"kind": kind, "weight": 0.5, "samples": 2} for kind in ("quality", "safety")], "rewriter": {"template": str(tmp_path / "rewrite.txt")}})
+    assert train.main(["--config", str(path), "train.eval_interval=0", "train.exit_after=2"]) == 85
+    for record in metrics_of(run).values():
+        assert record["answer/no_reward"] == record["grpo/no_reward"] == 0 and 0 < record["reward"] < 0.6 and record["judge/questions"] > 0 and record["grad_norm"] > 0
+    for record in read_jsonl(run / "audit.jsonl"):
+        assert all(answer["reward"] == 0.0 if record["label"] == "safe" else 0 <= answer["reward"] <= 1 for answer in record["answers"])
+        assert record["label"] == "safe" or any("scores" in answer for answer in record["answers"])
+    scripted.die_after = scripted.answered + 10
+    assert train.main(["--config", str(path), "train.eval_interval=0"]) == 86
+    assert sorted(metrics_of(run)) == [1, 2]
 
 
 @pytest.mark.slow
