@@ -56,7 +56,7 @@ class ModelSection(Section):
     init_method_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
     untie_embeddings_and_output_weights: bool = Field(True, description="False shares the embedding with the output layer.")
     make_vocab_size_divisible_by: int = Field(128, ge=1, description="The vocabulary is padded to a multiple of this times the tensor parallel size.")
-    params_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps fp32 main weights in the optimizer.")
+    params_dtype: Literal["auto", "float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps fp32 main weights in the optimizer; auto: bfloat16 on GPUs and on processors that multiply it, else float32.")
     init_from: Path | None = Field(None, description="A folder written by tools/export_hf.py --from-hf: weights to start from (continual runs).")
 
 
@@ -201,7 +201,7 @@ class ObjectiveSection(Section):
     dpo_weight: float = Field(1.0, ge=0, description="Weight of the online DPO loss (1 with nll_weight 0 is online DPO).")
     nll_on: Literal["suffix", "all"] = Field("suffix", description="suffix: prefix tokens carry no loss; all: prefix and suffix (plain next-token prediction).")
     beta: float = Field(0.1, gt=0, description="DPO inverse temperature.")
-    shared_prefix: bool | Literal["auto"] = Field("auto", description="Compute the prefix once for chosen and rejected, and logits only where they are needed; false runs whole sequences. auto: true but for context parallelism and Transformer Engine's attention.")
+    shared_prefix: bool | Literal["auto"] = Field("auto", description="Compute the prefix once for chosen and rejected, and logits only where they are needed; false runs whole sequences. auto: true but for plain next-token prediction (nothing to save but memory), context parallelism and Transformer Engine's attention.")
     reference: Literal["none", "frozen", "synced"] = Field("synced", description="DPO reference: none (its log-probabilities count as 0), the frozen initial policy, or a copy re-synced every `reference_sync_interval` steps.")
     reference_sync_interval: int = Field(100, ge=1, description="Steps between copies of the policy into a synced reference.")
 

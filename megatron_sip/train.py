@@ -73,6 +73,7 @@ def _run(config: RunConfig) -> int:
                 config = with_shape_of(config, HfFolder(config.model.init_from))
         tokenizer = Tokenizer(config.data.tokenizer_model)
         runtime = policy_runtime.start(config)
+        config = policy_runtime.settle(config, runtime)
         trainer = Trainer(config, runtime, tokenizer)
         return trainer.run()
     except (ConfigError, DataError, CheckpointError, ServerError, TeacherError, RolloutError) as error:

@@ -2,6 +2,7 @@
 # What all scripts of this folder share: messages, settings with their checks, the log folder of an attempt, steps, requeueing.
 # Sourced by scripts that run under set -Eeuo pipefail, after ROOT is set. In: environment variables. Out: functions.
 
+ROOT=$(cd "$ROOT" && pwd)
 PHASE=start
 ATTEMPT=   # RUN_DIR/slurm/attempt-NNN-JOBID once it exists
 DRAIN=     # why the run is to be saved and requeued
@@ -18,7 +19,7 @@ say() {
     local line
     line="[$(date '+%F %T')] $PHASE: $*"
     echo "$line"
-    [[ -z $ATTEMPT || -n ${DRY_RUN:-} ]] || echo "$line" >>"$ATTEMPT/job.log"
+    [[ -z $ATTEMPT || -n ${DRY_RUN:-} ]] || echo "$line" >>"$ATTEMPT/job.log" || true # a full disk is no reason to end
 }
 phase() {
     PHASE=$1
@@ -41,6 +42,7 @@ run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@" && echo; else "$@"; fi;
 setting() {
     local name=$1 kind=$3 meaning=$4 value
     value=${!name-$2}
+    [[ $kind != *file && $kind != *folder ]] || value=$(absolute "$value")
     declare -g "$name=$value"
     SETTINGS+=("$name")
     case $kind in
@@ -50,14 +52,27 @@ setting() {
     positive) [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || fail "$name=$value is no whole number of at least 1: $meaning" ;;
     switch) [[ $value == [01] ]] || fail "$name=$value is neither 0 nor 1: $meaning" ;;
     file | folder) [[ -n $value ]] || fail "$name is not set: $meaning" ;;&
-    file | maybe_file) [[ -z $value || -f $value ]] || fail "$name=$value is no file on $(hostname): $meaning" ;;
-    folder | maybe_folder) [[ -z $value || -d $value ]] || fail "$name=$value is no folder on $(hostname): $meaning" ;;
+    file | maybe_file) [[ -z $value || -f $value ]] || fail "$name=$value is no file on $(hostname): $meaning" ;;&
+    folder | maybe_folder) [[ -z $value || -d $value ]] || fail "$name=$value is no folder on $(hostname): $meaning" ;;&
+    file | maybe_file | folder | maybe_folder) [[ -z $value || -r $value ]] || fail "$name=$value cannot be read by $(id -un): $meaning" ;;
     *"|"*) [[ -n $value && "|$kind|" == *"|$value|"* ]] || fail "$name=$value is none of ${kind//|/, }: $meaning" ;;
     *) fail "$name has the unknown kind $kind" ;;
     esac
 }
 
-# A path that means the same on every node.
+# split_overrides: sets MORE to the settings in OVERRIDES.
+split_overrides() {
+    local lines
+    MORE=()
+    lines=$(xargs -r printf '%s\n' <<<"$OVERRIDES") || fail "OVERRIDES=$OVERRIDES cannot be taken apart; quote as in a shell"
+    # shellcheck disable=SC2034 # of the callers
+    [[ -z $lines ]] || mapfile -t MORE <<<"$lines"
+}
+
+# words TEXT: separated by one space each, also where there were commas.
+words() { xargs -r <<<"${1//,/ }"; }
+
+# A path that means the same on every node, from the repository where it is relative.
 absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$ROOT/$1"; fi; }
 
 settings_of_site() {
@@ -72,10 +87,11 @@ settings_of_site() {
     # Inside a container this machine may lack PYTHON; the nodes are checked anyway.
     [[ -n $SRUN_FLAGS || -x $PYTHON ]] ||
         fail "PYTHON=$PYTHON is not there on $(hostname); install with: bash examples/install.sh cpu,data (or gpu,serve-gpu)"
-    [[ -z $SITE ]] || SITE=$(absolute "$SITE")
     if [[ -n $SITE ]]; then
+        set +eu # modules and conda read unset variables and return what they like
         # shellcheck disable=SC1090
         source "$SITE"
+        set -eu
     fi
     ((PORT_BASE <= 65435)) || fail "PORT_BASE=$PORT_BASE leaves no room for 100 ports: at most 65435"
     export SITE PYTHON ROOT PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
@@ -94,11 +110,12 @@ show_settings() {
 # hidden NAME VALUE: NAME=VALUE, or the value left out where it may be a secret. Names of files with keys are none.
 hidden() {
     local name=${1^^} value=$2
-    if [[ $name != *_FILE && $name =~ KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE && $name != TOKENIZER* ]]; then
+    if [[ $name != *_FILE && $name =~ KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT && $name != TOKENIZER* ]]; then
         value="[hidden]"
-    elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} ||
+    elif [[ $value =~ ://[^/[:space:]]*@ || $value =~ (^|[^a-z])(sk|hf|ghp|gho|github_pat|glpat|xox[a-z])[-_][A-Za-z0-9_-]{10} ||
         $value == *"BEGIN "*"PRIVATE KEY"* ||
-        ${value,,} =~ (bearer\ |[?&]sig=|(key|token|secret|password|passwd)=) ]]; then
+        $value =~ eyJ[A-Za-z0-9_-]{10,}\. ||
+        ${value,,} =~ (bearer\ |--api-key[=\ ]|[?&]sig=|(key|token|secret|password|passwd)=) ]]; then
         value="[hidden]"
     fi
     printf '%s=%q\n' "$1" "$value"
@@ -115,19 +132,16 @@ dump_environment() {
 
 # begin_attempt FOLDER: FOLDER/slurm/attempt-NNN-JOBID for this attempt's logs, and FOLDER/slurm/latest.
 begin_attempt() {
-    local folder=$1 number=1 last holder
+    local folder=$1 number=1 last
     STATE=$folder/slurm
     if [[ -n ${DRY_RUN:-} ]]; then
         ATTEMPT=$STATE/attempt-001-${SLURM_JOB_ID:-JOB}
         return
     fi
     mkdir -p "$STATE" || fail "$STATE cannot be made on $(hostname); is it on the shared file system and yours?"
-    holder=$(cat "$STATE/job" 2>/dev/null || true)
-    if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -j "$holder" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null) ]]; then
-        fail "job $holder works in $folder already; wait for it, cancel it (scancel $holder), or give this job another folder"
-    fi
+    leave_to_holder
     write "$STATE/job" "$SLURM_JOB_ID"
-    last=$(find "$STATE" -maxdepth 1 -name 'attempt-*' | sort | tail -n 1)
+    last=$(find "$STATE" -maxdepth 1 -name 'attempt-*' | sort -V | tail -n 1)
     [[ -z $last ]] || number=$((10#$(cut -d- -f2 <<<"${last##*/}") + 1))
     ATTEMPT=$STATE/$(printf 'attempt-%03d-%s' "$number" "$SLURM_JOB_ID")
     mkdir "$ATTEMPT" || fail "$ATTEMPT cannot be made"
@@ -135,6 +149,17 @@ begin_attempt() {
     dump_environment >"$ATTEMPT/environment.txt"
     show_settings >"$ATTEMPT/settings.txt"
     say "attempt $number of job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST; logs in $STATE/latest"
+}
+
+# Asked again a moment later: two that begin at once have both seen nobody, and the last to write stays.
+leave_to_holder() {
+    local holder
+    [[ -z ${DRY_RUN:-} ]] || return 0
+    holder=$(cat "$STATE/job" 2>/dev/null || true)
+    if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -j "$holder" -t RUNNING,COMPLETING,SUSPENDED -o %i 2>/dev/null) ]]; then
+        ATTEMPT= # the records are the other's
+        fail "job $holder works in ${STATE%/slurm} already; wait for it, cancel it (scancel $holder), or give this job another folder"
+    fi
 }
 
 # How the attempt ended; only after a requeue a guard is needed on.
@@ -148,19 +173,26 @@ start_guard() {
     local id
     [[ $GUARD == 1 && $REQUEUE == 1 && -z ${DRY_RUN:-} ]] || return 0
     id=$(cat "$STATE/guard" 2>/dev/null || true)
+    local account=${SLURM_JOB_ACCOUNT:-}
     [[ -z $id || -z $(squeue -h -j "$id" -t PENDING -o %i 2>/dev/null) ]] || return 0
     # shellcheck disable=SC2086 # several flags in one variable
-    if id=$(sbatch --parsable --job-name="${SLURM_JOB_NAME:-job}-guard" --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes \
-        --output="$STATE/guard.log" $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
+    if id=$(sbatch --parsable ${account:+--account="$account"} --job-name="${SLURM_JOB_NAME:-job}-guard" \
+        --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes --output="$STATE/guard.log" \
+        $GUARD_FLAGS "$ROOT/slurm/guard.sh" "$SLURM_JOB_ID" "$STATE/attempts.txt"); then
         write "$STATE/guard" "${id%%;*}"
     else
         say "warning: the job that requeues this one if $(hostname) dies was refused; set GUARD_FLAGS (partition, account), or GUARD=0"
     fi
 }
 
+# key_file FILE: says so where others could use the servers with it.
+key_file() {
+    [[ -z $1 || -z $(find -L "$1" -maxdepth 0 -perm /077) ]] || say "warning: $1 holds a key and is open to others; chmod 600 $1"
+}
+
 # write FILE TEXT: whole or not at all.
 write() {
-    local aside=$1.tmp-${SLURM_JOB_ID:-}
+    local aside=${1%/*}/.${1##*/}.tmp-${SLURM_JOB_ID:-}
     printf "%s\n" "$2" >"$aside"
     sync "$aside"
     mv "$aside" "$1"
@@ -170,8 +202,8 @@ write() {
 secret_file() {
     [[ -s $1 ]] || (
         umask 077
-        head -c 32 /dev/urandom | base64 | tr -d '+/=\n' >"$1.tmp"
-        mv "$1.tmp" "$1"
+        head -c 32 /dev/urandom | base64 | tr -d '+/=\n' >"$1.tmp-${SLURM_JOB_ID:-}"
+        mv "$1.tmp-${SLURM_JOB_ID:-}" "$1"
     ) || fail "$1 cannot be written"
     chmod 600 "$1"
 }
@@ -194,7 +226,27 @@ notice_preemption() {
 # A pause that signals end early enough.
 pause() { sleep "$1" || true; }
 
-job_state() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n '1s/.*JobState=\([A-Z_]*\).*/\1/p'; }
+# This job's state; a controller that restarts may not answer for a while.
+job_state() {
+    local state="" tries
+    for tries in {1..20}; do
+        state=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n '1s/.*JobState=\([A-Z_]*\).*/\1/p') || true
+        [[ -z $state && $tries -lt 20 ]] || break
+        pause 5
+    done
+    echo "${state:-unknown to Slurm}"
+}
+
+# Slurm ends this script afterwards. Returns 1 where it refuses.
+ask_requeue() {
+    local tries
+    for tries in {1..6}; do
+        scontrol requeue "$SLURM_JOB_ID" && return
+        [[ -z $ENDING ]] || exit 143 # it did, and its answer was lost
+        ((tries == 6)) || pause 10
+    done
+    return 1
+}
 
 # Before the trainer runs, or servers serve.
 leave_if_told() {
@@ -220,6 +272,11 @@ give_up() {
     again_or_fail "$1" "$2"
 }
 
+# What fails without a word of its own, such as a file system that is full or away, may be over soon.
+catch_faults() {
+    trap '((BASH_SUBSHELL > 0)) || { trap - ERR && again_or_fail fault "${BASH_SOURCE[0]##*/}, line $LINENO: $BASH_COMMAND: failed, see above"; }' ERR
+}
+
 leave() {
     phase ending "$1; nothing is requeued from here"
     record_end "ended"
@@ -239,7 +296,7 @@ requeue() {
         say "REQUEUE=0: leaving; submit the same script again to go on"
         exit 85
     fi
-    scontrol requeue "$SLURM_JOB_ID" ||
+    ask_requeue ||
         fail "scontrol requeue $SLURM_JOB_ID was refused; is requeueing allowed here? Submit the same script again"
     for _ in {1..300}; do # Slurm ends this script, after a SIGTERM
         pause 1
@@ -302,18 +359,21 @@ step() {
     nodes=$*
     cpus=SLURM_JOB_CPUS_PER_NODE${GROUP[$role]:+_HET_GROUP_${GROUP[$role]}} # such as 96(x7),64
     cpus=$(tr ',' '\n' <<<"${!cpus:-$tasks}" | sed 's/(.*//' | sort -n | head -n 1)
+    # With sbatch --export=... srun would pass on no more than that, were it not for --export=ALL.
     STEP=(srun --job-name="$name" --nodes=$# --ntasks=$(($# * tasks)) --ntasks-per-node="$tasks" --nodelist="${nodes// /,}" --overlap --mem=0
-        --cpus-per-task=$((cpus >= tasks ? cpus / tasks : 1)) --overcommit --input=none "${SRUN_MORE[@]}")
+        --cpus-per-task=$((cpus >= tasks ? cpus / tasks : 1)) --overcommit --input=none --export=ALL "${SRUN_MORE[@]}")
     [[ -z ${GROUP[$role]:-} ]] || STEP+=(--het-group="${GROUP[$role]}")
 }
 
-# signal_step SIGNAL NAME: to every running step of that name. (kill of an srun would end its tasks at once.)
-signal_step() {
-    local id name
-    squeue -h --steps --user="$(id -un)" -o '%i %j' 2>/dev/null | while read -r id name; do
+# signal_steps SIGNAL NAME...: to every running step of these names, with one question. (kill of an srun would end its tasks at once.)
+signal_steps() {
+    local id name signal=$1 found=()
+    shift
+    while read -r id name; do
         # Components of a heterogeneous job have numbers of their own.
-        [[ $name == "$2" && " $JOB_IDS " == *" ${id%%.*} "* ]] && scancel --signal="$1" "$id" 2>/dev/null
-    done || true
+        [[ " $* " != *" $name "* || " $JOB_IDS " != *" ${id%%.*} "* ]] || found+=("$id")
+    done < <(squeue -h --steps --user="$(id -un)" -o '%i %j' 2>/dev/null)
+    [[ ${#found[@]} == 0 ]] || scancel --signal="$signal" "${found[@]}" 2>/dev/null || true
 }
 
 job_ids() {
@@ -354,8 +414,8 @@ check_nodes() {
         # shellcheck disable=SC2086 # a list
         step check "$role" 1 ${NODES[$role]}
         # shellcheck disable=SC2016 # the node's shell expands it
-        run timeout "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c \
-            '[[ -z $SITE ]] || source "$SITE"; exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' "$plan" || code=$?
+        run timeout --kill-after=30 "$CHECK_TIMEOUT" "${STEP[@]}" --kill-on-bad-exit=0 bash -c \
+            '[[ -z $SITE ]] || source "$SITE"; cd "$ROOT" && exec "$PYTHON" -W ignore "$ROOT/slurm/preflight.py" node "$0"' "$plan" || code=$?
     done
     [[ -z ${DRY_RUN:-} ]] || return 0
     leave_if_told

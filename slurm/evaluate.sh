@@ -37,8 +37,9 @@ setting OVERRIDES "" text "more section.key=value, separated by spaces, quoted a
 settings_of_site
 [[ -n ${SLURM_JOB_ID:-} || -n ${DRY_RUN:-} ]] || fail "submit this with sbatch, or look at it with DRY_RUN=1"
 [[ $TEMPERATURE =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "TEMPERATURE=$TEMPERATURE is no number: of the continuations; 0 is greedy"
+key_file "$TEACHER_API_KEY_FILE"
 [[ $TEACHER != urls || -n $TEACHER_URLS ]] || fail "TEACHER=urls needs TEACHER_URLS"
-RUN=$(absolute "$RUN") AGAINST=$(absolute "$AGAINST")
+TEACHER_URLS=$(words "$TEACHER_URLS")
 CONFIG=$(absolute "${CONFIG:-$RUN/run.yaml}") OUTPUT=$(absolute "${OUTPUT:-$RUN/evaluation.json}")
 [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG is no file: an export has none, give that of its run"
 
@@ -70,14 +71,12 @@ none) command+=(--no-judge) ;;
 urls)
     # shellcheck disable=SC2206 # several addresses
     command+=(--teacher-url $TEACHER_URLS)
-    [[ -z $TEACHER_API_KEY_FILE ]] || command+=("teacher.api_key_file=$(absolute "$TEACHER_API_KEY_FILE")")
+    [[ -z $TEACHER_API_KEY_FILE ]] || command+=("teacher.api_key_file=$TEACHER_API_KEY_FILE")
     ;;
 local) command+=("teacher.urls=[]" "teacher.replicas_file=null" "teacher.api_key_file=null") ;;
 esac
-if [[ -n $OVERRIDES ]]; then
-    mapfile -t more < <(xargs printf '%s\n' <<<"$OVERRIDES")
-    command+=("${more[@]}")
-fi
+split_overrides
+command+=("${MORE[@]}")
 phase evaluate "$first against $EXPORTED on $PAIRS held-out pairs"
 run "${command[@]}" || fail "the comparison did not finish, see above; the exports stay, submit again to go on"
 [[ -n ${DRY_RUN:-} ]] || mv "$OUTPUT.tmp" "$OUTPUT"

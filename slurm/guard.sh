@@ -16,8 +16,12 @@ job=$1 attempts=$2
 state=$(scontrol show job -o "$job" | sed -n '1s/.*JobState=\([A-Z_]*\).*/\1/p')
 latest=$(readlink "$(dirname "$attempts")/latest")
 echo "[$(date '+%F %T')] job $job is ${state:-unknown to Slurm}; its attempt is $latest"
-[[ $state == FAILED || $state == NODE_FAIL ]] || exit 0
 ! grep -qs " $latest " "$attempts" || exit 0
+if [[ -z $state ]]; then # this waited in the queue for longer than the controller remembers jobs (MinJobAge)
+    echo "error: job $job cannot be requeued any more; submit its script again to go on" >&2
+    exit 1
+fi
+[[ $state == FAILED || $state == NODE_FAIL ]] || exit 0
 for _ in {1..20}; do
     if scontrol requeue "$job" && scontrol release "$job"; then
         echo "[$(date '+%F %T')] requeued"

@@ -199,7 +199,7 @@ def main() -> int:
             check_node(NodePlan.read(options.plan, node), node)
         else:
             check_generates(options.url, options.model)
-    except (Unfit, ValueError) as error:  # ConfigError is one
+    except (Unfit, ValueError, OSError) as error:  # ConfigError is a ValueError; OSError: a file that this user may not read
         for line in str(error).splitlines():
             print(f"error: {where}{line}", file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ child=
 check() {
     [[ -n ${SLURM_JOB_ID:-} || -n ${DRY_RUN:-} ]] || fail "submit this with sbatch, or look at it with DRY_RUN=1"
     compgen -G "$INPUT" >/dev/null || fail "INPUT=$INPUT is not there on $(hostname)"
-    mkdir -p "$(dirname "$OUTPUT_PREFIX")" || fail "the folder of OUTPUT_PREFIX=$OUTPUT_PREFIX cannot be made"
+    [[ -n ${DRY_RUN:-} ]] || mkdir -p "$(dirname "$OUTPUT_PREFIX")" || fail "the folder of OUTPUT_PREFIX=$OUTPUT_PREFIX cannot be made"
 }
 
 # Slurm warns before the time limit, and before it takes the node for somebody else.
@@ -49,11 +49,13 @@ stop() {
 }
 
 tokenize() {
-    local first=${SLURM_ARRAY_TASK_MIN:-0} code=0
+    local first=${SLURM_ARRAY_TASK_MIN:-0} code=0 state
     local shard=$((${SLURM_ARRAY_TASK_ID:-0} - first))/${SLURM_ARRAY_TASK_COUNT:-1}
     if [[ $MERGE == 1 && ${SLURM_ARRAY_TASK_ID:-0} == "$first" && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
         say "submitting the job that merges the portions when all are done"
-        run sbatch --array=0 --cpus-per-task=1 --mem-per-cpu=4G --dependency="afterok:${SLURM_ARRAY_JOB_ID:-JOB}" --kill-on-invalid-dep=yes \
+        # shellcheck disable=SC2086 # absent where they are not set
+        run sbatch --array=0 ${SLURM_JOB_PARTITION:+--partition=$SLURM_JOB_PARTITION} ${SLURM_JOB_ACCOUNT:+--account=$SLURM_JOB_ACCOUNT} \
+            --cpus-per-task=1 --mem-per-cpu=4G --dependency="afterok:${SLURM_ARRAY_JOB_ID:-JOB}" --kill-on-invalid-dep=yes \
             --job-name=merge --output="${MERGE_OUTPUT:-merge-%A.log}" --export=ALL "$ROOT/slurm/preprocess_redpajama.sh" merge ||
             say "warning: it was not taken; submit it when all portions are done: sbatch --array=0 $ROOT/slurm/preprocess_redpajama.sh merge"
     fi
@@ -76,9 +78,13 @@ tokenize() {
     case $code in
     0) say "portion $shard is done" ;;
     143) # saved; a time limit would end this job here
+        state=$(job_state)
+        # Slurm would bring a cancelled job back.
+        [[ $state == RUNNING ]] || { say "saved; the job is $state by now, nothing is requeued from here" && exit 143; }
         say "saved; requeueing"
-        scontrol requeue "$SLURM_JOB_ID"
+        ask_requeue || fail "scontrol requeue $SLURM_JOB_ID was refused; is requeueing allowed here? Do it by hand, the portion goes on"
         sleep 300
+        fail "requeued 5 minutes ago, and still running"
         ;;
     *) fail "portion $shard ended with code $code, see above; when the cause is gone: scontrol requeue $SLURM_JOB_ID,
 and when all portions are done: sbatch --array=0 $ROOT/slurm/preprocess_redpajama.sh merge" ;;

@@ -8,8 +8,10 @@ set -uo pipefail
 
 if [[ -n ${SITE:-} ]]; then
     # shellcheck disable=SC1090
-    source "$SITE"
+    set +u && source "$SITE" # modules and conda read unset variables
+    set -u
 fi
+cd "$ROOT" || exit 2 # a container begins elsewhere
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 trap : TERM INT USR1 # Slurm signals the command as well, and it decides
 

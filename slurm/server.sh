@@ -10,8 +10,10 @@ ready=$1 url=$2 gpus=$3 first=$4
 shift 4
 if [[ -n ${SITE:-} ]]; then
     # shellcheck disable=SC1090
-    source "$SITE"
+    set +u && source "$SITE" # modules and conda read unset variables
+    set -u
 fi
+cd "$ROOT" || exit 2 # a container begins elsewhere
 SIP_TEACHER_API_KEY=$(<"$KEY_FILE") || exit 2
 export SIP_TEACHER_API_KEY
 if ((gpus > 0)); then

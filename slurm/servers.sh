@@ -14,6 +14,12 @@ settings_of_judges() {
     setting JUDGE_MIN_READY 1 positive "servers that must generate before the trainer starts"
     setting JUDGE_READY_TIMEOUT 1800 positive "seconds until so many must generate"
     setting JUDGE_BACKOFF 5 count "seconds before a server that ended is started again; doubled each time, at most 120"
+    local flag
+    for flag in --api-key --host --port --model --served-model-name --tensor-parallel-size; do
+        # A key would be readable in every list of processes; the others are decided here.
+        [[ " $JUDGE_FLAGS" != *" $flag"[=\ ]* ]] ||
+            fail "JUDGE_FLAGS holds $flag, which the script sets: keys are made in a file; TEACHER_MODEL, JUDGE_TENSOR_PARALLEL_SIZE, PORT_BASE"
+    done
     ((JUDGE_GPUS_PER_NODE == 0 || JUDGE_TENSOR_PARALLEL_SIZE <= JUDGE_GPUS_PER_NODE)) ||
         fail "JUDGE_TENSOR_PARALLEL_SIZE=$JUDGE_TENSOR_PARALLEL_SIZE > JUDGE_GPUS_PER_NODE=$JUDGE_GPUS_PER_NODE: a server lives on one node"
     JUDGES_PER_NODE=$((JUDGE_GPUS_PER_NODE > 0 ? JUDGE_GPUS_PER_NODE / JUDGE_TENSOR_PARALLEL_SIZE : 1))
@@ -148,9 +154,10 @@ wait_for_fleet() {
     phase judges "looking for a server of the external fleet that generates"
     while :; do
         leave_if_told
-        [[ -z $TEACHER_REPLICAS_FILE ]] || urls=$(sed 's/#.*//; s/^ *- *//' "$TEACHER_REPLICAS_FILE")
+        [[ -z $TEACHER_REPLICAS_FILE ]] || urls=$(sed "s/#.*//; s/^ *- *//; s/[\"']//g" "$TEACHER_REPLICAS_FILE" || true)
         problem="error: $TEACHER_REPLICAS_FILE lists no server"
         for url in $urls; do
+            leave_if_told
             if problem=$(SIP_TEACHER_API_KEY=$key "$PYTHON" "$ROOT/slurm/preflight.py" generates "$url" "$TEACHER_MODEL" 2>&1); then
                 say "$url generates"
                 rm -f "$STATE/again-judges"
@@ -166,12 +173,11 @@ wait_for_fleet() {
 }
 
 stop_servers() {
-    local index deadline=$((SECONDS + 20)) left
+    local index deadline left
     [[ -z ${DRY_RUN:-} ]] || return 0
-    [[ -n ${SERVER_PID[*]} ]] || return 0
-    for index in "${!SERVER_NAME[@]}"; do
-        [[ -z ${SERVER_PID[index]} ]] || signal_step TERM "${SERVER_NAME[index]}"
-    done
+    (($(running_servers) > 0)) || return 0
+    signal_steps TERM "${SERVER_NAME[@]}"
+    deadline=$((SECONDS + 20))
     while left=$(running_servers) && ((left > 0 && SECONDS < deadline)); do pause 1; done
     for index in "${!SERVER_NAME[@]}"; do
         [[ -z ${SERVER_PID[index]} ]] || kill -KILL "${SERVER_PID[index]}" 2>/dev/null || true

@@ -38,13 +38,22 @@ setting FLEET_FILE fleet.txt needed "file for the addresses, on the shared file 
 settings_of_judges 8
 ((JUDGE_NODES > 0)) || fail "JUDGE_NODES=0 is no fleet"
 settings_of_site
-FLEET_FILE=$(absolute "$FLEET_FILE") TEACHER_MODEL=$(absolute "$TEACHER_MODEL")
+FLEET_FILE=$(absolute "$FLEET_FILE")
 
 # FLEET_FILE: the addresses of all fleets that share it. Two that write at once write the same, a moment later.
 publish() {
     local all
     all=$(cat "$FLEET_FILE".d/* 2>/dev/null || true)
     [[ $all == "$(cat "$FLEET_FILE" 2>/dev/null || true)" ]] || write "$FLEET_FILE" "$all"
+}
+
+# Addresses of fleets that were killed without a word: somebody else may listen there by now.
+forget_ended() {
+    local running file
+    running=$(squeue -h --user="$(id -un)" -t RUNNING,COMPLETING,SUSPENDED -o ' %A ') || return 0
+    for file in "$FLEET_FILE".d/*; do
+        [[ ! -O $file || $running == *" ${file##*/} "* ]] || { say "taking out the servers of job ${file##*/}, which has ended" && rm -f "$file"; }
+    done
 }
 
 withdraw() {
@@ -60,6 +69,7 @@ main() {
     assign_nodes judge "$JUDGE_NODES"
     TEACHER_API_KEY_FILE=$FLEET_FILE.key REPLICAS_FILE=$FLEET_FILE.d/${SLURM_JOB_ID:-JOB}
     begin_attempt "$FLEET_FILE.jobs/${SLURM_JOB_ID:-JOB}"
+    catch_faults
     plan_servers
     FILES=$ATTEMPT/files.txt
     phase check "nodes"
@@ -68,6 +78,7 @@ main() {
         rm -f "$REPLICAS_FILE"
         echo "$TEACHER_MODEL/config.json" >"$FILES"
         trap withdraw EXIT
+        forget_ended
         publish
     fi
     start_guard
@@ -75,9 +86,10 @@ main() {
     start_servers
     [[ -z ${DRY_RUN:-} ]] || return 0
     wait_for_servers
-    rm -f "$STATE/again-early"
+    rm -f "$STATE/again-early" "$STATE/again-fault"
     phase serve "give runs TEACHER_REPLICAS_FILE=$FLEET_FILE TEACHER_API_KEY_FILE=$FLEET_FILE.key TEACHER_MODEL=$TEACHER_MODEL"
     while :; do
+        [[ -z $ENDING$DRAIN ]] || withdraw
         [[ -z $ENDING ]] || leave "$ENDING"
         [[ -z $DRAIN ]] || requeue "$DRAIN"
         tend_servers

@@ -45,6 +45,9 @@ settings_of_training() {
     [[ $LOG_WANDB != online || -n ${WANDB_API_KEY:-} || -f ${NETRC:-$HOME/.netrc} ]] ||
         fail "LOG_WANDB=online needs WANDB_API_KEY in the environment, or wandb login"
     CONFIG=$(absolute "$CONFIG") RUN_DIR=$(absolute "$RUN_DIR") INIT_FROM=$(absolute "$INIT_FROM") TOKENIZER_MODEL=$(absolute "$TOKENIZER_MODEL")
+    TEACHER_URLS=$(words "$TEACHER_URLS") ROLLOUT_URLS=$(words "$ROLLOUT_URLS")
+    key_file "$TEACHER_API_KEY_FILE"
+    key_file "$ROLLOUT_API_KEY_FILE"
     [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG is no file on $(hostname)"
 }
 
@@ -54,6 +57,7 @@ run_training() {
     ports
     assign_nodes trainer "$TRAINER_NODES" judge "$JUDGE_NODES"
     begin_attempt "$RUN_DIR"
+    catch_faults
     REPLICAS_FILE=$STATE/judges.txt
     plan_servers
     phase check "settings, data, nodes"
@@ -64,6 +68,7 @@ run_training() {
         record_end "done"
         exit 0
     fi
+    leave_to_holder
     start_guard
     check_nodes
     start_servers
@@ -92,18 +97,15 @@ compose_trainer() {
         TRAINER_SETTINGS+=("teacher.replicas_file=$REPLICAS_FILE" "teacher.api_key_file=$KEY_FILE")
     else
         [[ -z $TEACHER_URLS ]] || TRAINER_SETTINGS+=("teacher.urls=[${TEACHER_URLS// /, }]")
-        [[ -z $TEACHER_REPLICAS_FILE ]] || TRAINER_SETTINGS+=("teacher.replicas_file=$(absolute "$TEACHER_REPLICAS_FILE")")
-        [[ -z $TEACHER_API_KEY_FILE ]] || TRAINER_SETTINGS+=("teacher.api_key_file=$(absolute "$TEACHER_API_KEY_FILE")")
+        [[ -z $TEACHER_REPLICAS_FILE ]] || TRAINER_SETTINGS+=("teacher.replicas_file=$TEACHER_REPLICAS_FILE")
+        [[ -z $TEACHER_API_KEY_FILE ]] || TRAINER_SETTINGS+=("teacher.api_key_file=$TEACHER_API_KEY_FILE")
     fi
     if [[ -n $ROLLOUT_URLS ]]; then
         TRAINER_SETTINGS+=("rollout.engine=vllm" "rollout.urls=[${ROLLOUT_URLS// /, }]" "rollout.sync_dir=$RUN_DIR/policy_weights")
-        [[ -z $ROLLOUT_API_KEY_FILE ]] || TRAINER_SETTINGS+=("rollout.api_key_file=$(absolute "$ROLLOUT_API_KEY_FILE")")
+        [[ -z $ROLLOUT_API_KEY_FILE ]] || TRAINER_SETTINGS+=("rollout.api_key_file=$ROLLOUT_API_KEY_FILE")
     fi
-    if [[ -n $OVERRIDES ]]; then
-        lines=$(xargs printf '%s\n' <<<"$OVERRIDES") || fail "OVERRIDES=$OVERRIDES cannot be taken apart; quote as in a shell"
-        mapfile -t more <<<"$lines"
-        TRAINER_SETTINGS+=("${more[@]}")
-    fi
+    split_overrides
+    TRAINER_SETTINGS+=("${MORE[@]}")
     TRAINER=("$PYTHON" -m megatron_sip.train --config "$CONFIG" "${TRAINER_SETTINGS[@]}")
 }
 
@@ -147,7 +149,8 @@ start_trainer() {
     [[ $GPUS_PER_NODE != 0 ]] || TORCHDYNAMO_DISABLE=1
     # shellcheck disable=SC2086 # a list
     step trainer trainer "$RANKS_PER_NODE" ${NODES[trainer]}
-    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --label --open-mode=append --output="$TRAINER_LOG" bash "$ROOT/slurm/rank.sh" "${TRAINER[@]}")
+    COMMAND=("${STEP[@]}" --kill-on-bad-exit=0 --distribution=block --label --open-mode=append --output="$TRAINER_LOG"
+        bash "$ROOT/slurm/rank.sh" "${TRAINER[@]}")
     if [[ -n ${DRY_RUN:-} ]]; then
         echo "export MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT"
         run "${COMMAND[@]}"
@@ -161,7 +164,7 @@ start_trainer() {
     fi
     FROM=$(newest_step)
     count_start "$FROM"
-    rm -f "$STATE/again-early"
+    rm -f "$STATE/again-early" "$STATE/again-fault"
     phase train "start $START of this attempt, from step $FROM of $LAST_STEP (number $TRIES from there); see $TRAINER_LOG"
     "${COMMAND[@]}" >>"$TRAINER_LOG" 2>&1 &
     TRAINER_PID=$!
@@ -185,6 +188,8 @@ watch_trainer() {
     while kill -0 "$TRAINER_PID" 2>/dev/null; do
         pause 1
         tend_servers
+        # Said now: after KillWait, which the trainer may need for its step, this script is no more.
+        [[ -z $ENDING || $PHASE == ending ]] || phase ending "$ENDING; nothing is requeued from here"
         if [[ -z $first_step ]] && first_step=$(grep -om1 'step [0-9]*/[0-9]*' "$TRAINER_LOG" 2>/dev/null); then
             say "$first_step trained, $((SECONDS)) s after this script began"
         fi
@@ -194,7 +199,7 @@ watch_trainer() {
             DRAINED=$SECONDS
         elif [[ -n $DRAINED ]] && ((SECONDS > DRAINED + DRAIN_TIMEOUT)); then
             say "the trainer has not ended after DRAIN_TIMEOUT=$DRAIN_TIMEOUT s; ending it, the run goes on from its last checkpoint"
-            signal_step KILL trainer
+            signal_steps KILL trainer
             DRAINED=$SECONDS killed=$((killed + 1))
         fi
         # One rank that failed leaves the others in a collective, or they are about to notice.
@@ -202,11 +207,11 @@ watch_trainer() {
             failed=$SECONDS
         elif ((failed > 0 && SECONDS > failed + RANK_GRACE)); then
             say "a rank failed $RANK_GRACE s ago; ending the others"
-            signal_step KILL trainer
+            signal_steps KILL trainer
             failed=$SECONDS killed=$((killed + 1))
         fi
         # An srun whose slurmstepd was killed waits for ever.
-        [[ $(find "$CODES" -name '*[0-9]' | wc -l) -lt $world ]] || over=$((over + 1))
+        [[ $(find "$CODES" -type f -name '*[0-9]' | wc -l) -lt $world ]] || over=$((over + 1))
         ((killed < 2 && over < 15)) || kill -KILL "$TRAINER_PID" 2>/dev/null || true
     done
     SRUN_CODE=0
@@ -283,7 +288,7 @@ recover() {
 nodes_answer() {
     # shellcheck disable=SC2086 # a list
     step answer trainer 1 ${NODES[trainer]}
-    timeout 60 "${STEP[@]}" --kill-on-bad-exit=0 true >>"$TRAINER_LOG" 2>&1
+    timeout --kill-after=30 60 "${STEP[@]}" --kill-on-bad-exit=0 true >>"$TRAINER_LOG" 2>&1
 }
 
 finish() {

@@ -11,4 +11,17 @@ cd "$root"
 # Compiling pieces of Megatron costs minutes on a CPU and changes no result.
 export TORCHDYNAMO_DISABLE=1
 export PATH=$venv/bin:$PATH
-exec "$venv/bin/python" -m pytest "$@"
+(($# == 0)) || exec "$venv/bin/python" -m pytest "$@"
+
+# Slurm's tests mostly wait for queues and servers, so they run beside the others; their output comes at the end.
+export SIP_TEST_CACHE=${SIP_TEST_CACHE:-$root/.pytest_cache/sip}
+"$venv/bin/python" "$root/examples/fetch_teacher.py" --output "$SIP_TEST_CACHE/teacher"
+output=$(mktemp)
+env --default-signal=INT "$venv/bin/python" -m pytest -o cache_dir=.pytest_cache/slurm tests/slurm >"$output" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true; wait "$beside" || true; rm -f "$output"' EXIT
+code=0
+"$venv/bin/python" -m pytest --ignore=tests/slurm || code=$?
+wait "$beside" || code=$?
+cat "$output"
+exit "$code"

@@ -13,6 +13,8 @@
     python tools/bench.py train [--size 5 12.7 36 124] [--dtype float32 bfloat16]
     python tools/bench.py rollout [--size 5 12.7 36 124] [--dtype float32 bfloat16]
     python tools/bench.py step --tokenizer-model tokenizer.model [--trl-python PYTHON] [--rollouts 2 4 16]
+    python tools/bench.py costs --tokenizer-model tokenizer.model [--size 5 12.7 36] [--rollouts 2 4 8 16] [--pairs 8 16 32] [--lengths 64 128 256]
+    python tools/bench.py resources --tokenizer-model tokenizer.model [--watts 200]
     python tools/bench.py sync [--size 5 12.7 36 124]
     python tools/bench.py start --config CONFIG.yaml [section.key=value ...]
     python tools/bench.py scaling [--size 12.7]
@@ -52,6 +54,8 @@ COMMANDS = {
     "scaling": ("scaling", "scaling"),
     "start": ("start", "start"),
     "preference": ("preference", "preference"),
+    "costs": ("costs", "costs"),
+    "resources": ("costs", "resources"),
 }
 
 
@@ -139,6 +143,17 @@ def main() -> int:
     found.add_argument("--rollouts", type=int, nargs="+", default=[2], metavar="K", help="TRL can do 2 only")
     found.add_argument("--prompts", type=int, default=16)
     found.add_argument("--steps", type=int, default=5)
+    points = argparse.ArgumentParser(add_help=False)
+    points.add_argument("--tokenizer-model", type=Path, required=True, metavar="FILE")
+    points.add_argument("--prompts", type=int, default=16, metavar="N", help="pairs of a step (default: %(default)s)")
+    points.add_argument("--rollouts", type=int, nargs="+", default=[2, 4, 8, 16], metavar="K")
+    points.add_argument("--steps", type=int, default=5, help="of each run; the first two do not count")
+    found = commands.add_parser("costs", parents=[sizes, points, common], help="seconds of a step against K, pairs, length and size, beside the cost model of plan_run.py")
+    found.add_argument("--base-rollouts", type=int, default=4, metavar="K", help="of the point from which the others are predicted (default: %(default)s)")
+    found.add_argument("--pairs", type=int, nargs="+", default=[8, 16, 32], metavar="N")
+    found.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256], metavar="N", help="tokens of the prefix and of the suffix")
+    found = commands.add_parser("resources", parents=[sizes, points, common], help="time, memory and energy of a step against next-token training")
+    found.add_argument("--watts", type=float, help="power of the board, where there is no energy counter")
     found = commands.add_parser("sync", parents=[sizes, common], help="seconds to hand new weights to rollout servers and to the in-process sampler")
     found.add_argument("--memory-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a file system in memory (default: %(default)s)")
     found = commands.add_parser("scaling", parents=[sizes, common], help="steps an hour without rollouts and judge in several layouts on this machine")

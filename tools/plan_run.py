@@ -6,9 +6,9 @@
     python tools/plan_run.py CONFIG --phases                              # FLOPs, bytes and bottleneck of each phase
     python tools/plan_run.py CONFIG --check RUN/metrics.jsonl [OTHER/metrics.jsonl]
 
-Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other two steps of a
-run and predicts those between them, or from all steps of the first run and predicts the second. docs/planning.md has the formulas. Exit
-code 2 for what cannot be planned.
+Without --measured everything is computed from assumptions, which are printed with it and are flags. --check takes rates from every other
+two steps of a run and predicts those between them, or from all steps of the first run and predicts the second. docs/planning.md has the
+formulas. Exit code 2 for what cannot be planned.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="the one that details are shown for (both are planned; default: train.staleness)")
     models.add_argument("--target-wait", type=float, default=0.05, help="share of a step that the trainer may wait at staleness 1 (default 0.05)")
     models.add_argument("--rewrites-cached", action="store_true", help="all rewrites are in the cache already")
-    models.add_argument("--comparisons", type=int, help="pairs of a pool that a quality judge compares (default: all)")
+    models.add_argument("--comparisons", type=int, help="pairs of a pool that a quality judge compares, in one round (default: by its strategy)")
     rates = parser.add_argument_group("measured rates and checks")
     rates.add_argument("--measured", type=Path, metavar="FILE", help="metrics.jsonl of a run, or YAML/JSON with train_tokens_per_second and others")
     for name in ("trainer", "rollout", "judge"):
@@ -58,7 +58,8 @@ def arguments() -> argparse.ArgumentParser:
     rates.add_argument("--simulate", type=int, default=0, metavar="STEPS",
                        help="run so many steps of the planned fleet as a discrete-event simulation")
     rates.add_argument("--seed", type=int, default=1, help="of the simulation")
-    parser.add_argument("--phases", action="store_true", help="print FLOPs, bytes and bottleneck of each phase of a step on the trainer's kind of GPU instead")
+    parser.add_argument("--phases", action="store_true",
+                        help="print FLOPs, bytes and bottleneck of each phase of a step on the trainer's kind of GPU instead")
     parser.add_argument("--json", action="store_true", help="print plain values")
     assumptions = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_sip.data.tokenizer import Tokenizer
 def step(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Seconds a step, without the first two (imports, caches); processes of both in alternation. Larger K is ours alone."""
     vocab = Tokenizer(options.tokenizer_model).vocab_size
-    dataset = _dataset(options, scratch)
+    documents = dataset(options, scratch)
     found: dict[str, Any] = {}
     for size in options.size:
         for dtype in options.dtype:
@@ -37,7 +38,8 @@ def step(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 for name, values in seconds.items():
                     count = int(name.rsplit(" ", 1)[1])
                     run = scratch / f"{size}-{dtype}-{number}-{count}"
-                    values += _theirs(size, dtype, vocab, options) if name.startswith("TRL") else _ours(size, dtype, count, dataset, run, options)
+                    values += _theirs(size, dtype, vocab, options) if name.startswith("TRL") else [
+                        record["time/step"] for record in ours(size, dtype, count, documents, run, options)]
             base = statistics.median(seconds.get("TRL, K = 2") or seconds[f"ours, K = {options.rollouts[0]}"])
             for name, values in seconds.items():
                 median = statistics.median(values)
@@ -47,8 +49,8 @@ def step(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {"seconds_a_step": found}
 
 
-def _dataset(options: argparse.Namespace, scratch: Path) -> Path:
-    """Documents of random words, tokenized as a user's."""
+def dataset(options: argparse.Namespace, scratch: Path) -> Path:
+    """Documents of random words, tokenized as a user's: enough for ``steps`` + 2 steps of ``prompts`` pairs."""
     import random
 
     words = random.Random(1)
@@ -62,10 +64,12 @@ def _dataset(options: argparse.Namespace, scratch: Path) -> Path:
     return next(iter(scratch.glob("random*.idx"))).with_suffix("")
 
 
-def _ours(size: str, dtype: str, rollouts: int, dataset: Path, run: Path, options: argparse.Namespace) -> list[float]:
+def ours(size: str, dtype: str, rollouts: int, documents: Path, run: Path, options: argparse.Namespace, *, watch: list[int] | None = None,
+         overrides: Sequence[str] = ()) -> list[dict[str, float]]:
+    """Metrics of the steps of a run but the first two. ``watch`` collects the memory of the trainer's processes; ``run.yaml`` is left in ``run``."""
     config = {
         "run": {"dir": str(run)}, "log": {"wandb": "disabled"},
-        "data": {"blend": [[1.0, str(dataset)]], "tokenizer_model": str(options.tokenizer_model), "prefix_length": options.prefix_length,
+        "data": {"blend": [[1.0, str(documents)]], "tokenizer_model": str(options.tokenizer_model), "prefix_length": options.prefix_length,
                  "suffix_length": options.suffix_length, "split": "100,0"},
         "model": {**SIZES[size], "params_dtype": dtype, "untie_embeddings_and_output_weights": False,
                   "max_position_embeddings": options.prefix_length + options.suffix_length},
@@ -78,9 +82,8 @@ def _ours(size: str, dtype: str, rollouts: int, dataset: Path, run: Path, option
         config["teacher"] = {"model": "stub", "urls": urls, "judges": [{"kind": "quality"}]}
         file = run.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        timed([sys.executable, "-m", "megatron_sip.train", "--config", file])
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["time/step"] for record in records[2:]]
+        timed([sys.executable, "-m", "megatron_sip.train", "--config", file, *overrides], watch=watch)
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
 
 
 def _theirs(size: str, dtype: str, vocab: int, options: argparse.Namespace) -> list[float]:

@@ -56,6 +56,7 @@ class Assumptions:
         step_overhead: seconds of a step outside forward and backward (optimizer, reductions, records).
         answer_tokens: tokens of a verdict without reasoning.
         reasoning_tokens: tokens of a verdict with reasoning.
+        judge_spread: standard deviation in nats of how good a judge finds the candidates of a pool; strategies that go on from answers ask by it.
         judge_tokens: judge tokens that one policy token of text becomes.
         characters_per_token: of the prompt templates, where no tokenizer of the judge is at hand (measured on the built-in ones with a
             vocabulary of 49,152: 3.2 to 3.5).
@@ -75,6 +76,7 @@ class Assumptions:
     step_overhead: float = 0.20
     answer_tokens: int = 2
     reasoning_tokens: int = 200
+    judge_spread: float = 1.0
     judge_tokens: float = 1.0
     characters_per_token: float = 3.2
     chat_tokens: int = 20

@@ -1,10 +1,12 @@
 """Rates of the user's machine, and how well a plan made of them predicts the steps they were not taken from.
 
-In: a run's metrics.jsonl (RUN/run.yaml beside it says what its steps did), or a YAML/JSON file with the fields of :class:`Rates`. Out: :class:`Rates`.
+In: a run's metrics.jsonl (RUN/run.yaml beside it says what its steps did), or a YAML/JSON file with the fields of :class:`Rates`.
+Out: :class:`Rates`.
 
 From metrics, of the steps with pools: trained tokens over ``time/train``; rollout tokens over ``time/rollout``; questions over the time in which they
-were under way. That is the time from the first question to the last answer, as far as the metrics tell: the rollouts after the first chunk, the waiting, and the training
-but for the last microbatch. Where the trainer hardly waits, the judge was not the bottleneck and its rate is a lower limit.
+were under way. That is the time from the first question to the last answer, as far as the metrics tell: the rollouts after the first chunk,
+the waiting, and the training but for the last microbatch. Where the trainer hardly waits, the judge was not the bottleneck and its rate is a
+lower limit.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class TrainerMemory:
 
 def trainer(work: Workload, shape: Shape, config: RunConfig, data_parallel: int) -> TrainerMemory:
     """The fullest rank is the first or the last pipeline stage: both hold an embedding."""
-    parallel, width = config.parallel, 2 if config.model.params_dtype == "bfloat16" else 4
+    parallel, width = config.parallel, 4 if config.model.params_dtype == "float32" else 2
     tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     matrices = shape.total - (1 if shape.tied else 2) * shape.embedding
     own = (matrices / pp + shape.embedding * (2 if pp == 1 and not shape.tied else 1)) / tp

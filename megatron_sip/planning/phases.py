@@ -79,11 +79,13 @@ def _rollouts(plan: Plan, assume: Assumptions) -> list[Phase]:
 def as_table(plan: Plan) -> str:
     """Markdown."""
     gpu = plan.gpu
-    lines = [f"One step on {gpu.name} (computed: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.flops / gpu.bandwidth:.0f} FLOPs a byte at "
-             "the ridge), GPU-seconds at the assumed shares of the peaks:", "",
-             "| phase | FLOPs | bytes | FLOPs a byte | bound by | assumed share of FLOP/s, bandwidth | GPU-seconds | of peak FLOP/s |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"One step on {gpu.name} (computed: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.flops / gpu.bandwidth:.0f} "
+             "FLOPs a byte at the ridge), GPU-seconds at the assumed shares of the peaks:", "",
+             "| phase | FLOPs | bytes | FLOPs a byte | bound by | assumed share of FLOP/s, bandwidth | GPU-seconds | of peak FLOP/s |",
+             "|---|---|---|---|---|---|---|---|"]
     for one in phases(plan):
         seconds = one.seconds(gpu)
-        lines.append(f"| {one.name} | {one.flops:.2e} | {one.bytes:.2e} | {one.intensity:.0f} | {'bandwidth' if one.memory_bound(gpu) else 'FLOP/s'} | "
+        lines.append(f"| {one.name} | {one.flops:.2e} | {one.bytes:.2e} | {one.intensity:.0f} | "
+                     f"{'bandwidth' if one.memory_bound(gpu) else 'FLOP/s'} | "
                      f"{one.shares[0]:.0%}, {one.shares[1]:.0%} | {seconds:.3g} | {one.flops / gpu.flops / seconds:.0%} |")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ staleness 1: rollouts and questions of step n + 1 begin with step n, so a pool h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, log, sqrt
 from statistics import NormalDist
 
 
@@ -21,7 +21,8 @@ class Pipeline:
     Attributes:
         pools: pairs a step, over all data parallel ranks.
         chunks: calls of the rollout engine a step, of ``chunk_seconds`` each; 0: no rollouts.
-        questions, rewrites: requests a pool.
+        questions, rewrites: a pool.
+        chains: questions of rounds that wait for each other, by judge; those of ``questions`` that are in no chain are asked at once.
         question_seconds, rewrite_seconds: mean time that one request holds one of the fleet's ``slots``.
         sigma: of their lognormal distribution.
         microbatch_seconds: forward and backward of one microbatch on one model replica.
@@ -45,6 +46,11 @@ class Pipeline:
     sync_seconds: float = 0.0
     update_seconds: float = 0.0
     in_process: bool = False
+    chains: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if sum(map(sum, self.chains)) > self.questions or any(count < 1 for chain in self.chains for count in chain):
+            raise ValueError(f"chains {self.chains} must be of at least one question a round, and of {self.questions} together at most")
 
     @property
     def microbatches(self) -> int:
@@ -86,6 +92,28 @@ class Pipeline:
             return 0.0
         return max(seconds, requests * seconds / self.slots) + max(0.0, self.slowest(seconds, requests, sureness) - seconds)
 
+    def verdicts(self, pools: float, sureness: float = 0.57) -> float:
+        """Seconds until the questions of so many pools, asked together, are answered. The rounds of a pool wait for each other, meanwhile the
+        slots answer the questions of other pools: what counts is the longer of full slots and the rounds in a row."""
+        seconds, requests = self.question_seconds, pools * self.questions
+        if requests <= 0:
+            return 0.0
+        rounds = max((self._in_a_row(chain, pools, sureness) for chain in self.chains), default=0.0)
+        return max(rounds, self.answered(seconds, requests, sureness))
+
+    def _in_a_row(self, chain: tuple[int, ...], pools: float, sureness: float) -> float:
+        """What the slowest of so many pools needs for rounds in free slots; the sum of their times taken for lognormal."""
+        means = [self.slowest(self.question_seconds, count) * max(1.0, count / self.slots) for count in chain]
+        mean, variance = sum(means), sum(one**2 * (exp(self._spread(count) ** 2) - 1) for one, count in zip(means, chain))
+        sigma = sqrt(log(1 + variance / mean**2)) if mean else 0.0
+        draws = max(1.0, min(pools, self.slots / max(chain)))
+        return mean * exp(sigma * NormalDist().inv_cdf(sureness ** (1.0 / draws)) - sigma**2 / 2) if draws > 1 else mean
+
+    def _spread(self, requests: float) -> float:
+        """Sigma of the slowest of so many."""
+        high, low = (NormalDist().inv_cdf(share ** (1.0 / requests)) for share in (0.84, 0.16))
+        return self.sigma * (high - low) / 2
+
     def step_seconds(self, staleness: int) -> float:
         """Seconds of a step when all goes on steadily."""
         if staleness == 0:
@@ -107,13 +135,12 @@ class Pipeline:
     def _judged(self, pools: int, sureness: float = 0.57) -> float:
         """Seconds after the sync at which the first so many pools are judged: the longest of the ways to the last of them."""
         chunks = -(-self.chunks * pools // self.pools)
-        questions = self.answered(self.question_seconds, pools * self.questions, sureness)
-        of_last_chunk = self.answered(self.question_seconds, pools * self.questions / max(1, chunks), sureness)
+        questions, of_last_chunk = self.verdicts(pools, sureness), self.verdicts(pools / max(1, chunks), sureness)
         ways = [chunks * self.chunk_seconds + of_last_chunk, (self.chunk_seconds if chunks else 0.0) + questions]
         if self.rewrites:
             # All rewrites of the step are asked for before the first question; the first pools are those that are rewritten first.
             share = pools / self.pools
             rewritten = self.answered(self.rewrite_seconds, self.pools, sureness) if share == 1 else max(
                 share * self.rewriting_seconds, self._quantile(self.rewrite_seconds, share))
-            ways += [rewritten + self.answered(self.question_seconds, self.questions), share * self.rewriting_seconds + questions]
+            ways += [rewritten + self.verdicts(1), share * self.rewriting_seconds + questions]
         return max(ways)

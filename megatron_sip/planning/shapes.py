@@ -29,7 +29,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_size", self.head_size or self.hidden // self.heads)
-        object.__setattr__(self, "total", self.total or float(self.layers * self.layer_parameters + self.hidden + (1 if self.tied else 2) * self.embedding))
+        total = self.layers * self.layer_parameters + self.hidden + (1 if self.tied else 2) * self.embedding
+        object.__setattr__(self, "total", self.total or float(total))
         object.__setattr__(self, "active", self.active or self.total)
 
     @property

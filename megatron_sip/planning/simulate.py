@@ -3,9 +3,10 @@
 In: a :class:`Pipeline`, a number of steps, a seed. Out: seconds of each step, how long the trainer waited in it, and what was trained when.
 
 What is simulated: rollouts in chunks; rewrites, asked for at once; a pool goes to the judge when it is whole; requests take free slots of the
-fleet in the order of their asking and hold them for a lognormal time; each model replica trains its own pools in the order in which they
-are judged; a step ends when all replicas have ended; sync and update. Not simulated: lost servers, hedged requests, unequal
-servers, answers that take longer the more a server has to do (the mean is that of a busy one).
+fleet in the order of their asking and hold them for a lognormal time; a round of questions waits for the one before; each model replica
+trains its own pools in the order in which they are judged; a step ends when all replicas have ended; sync and update. Not simulated: lost
+servers, hedged requests, unequal servers, lists of questions that end together, answers that take longer the more a server has to do (the
+mean is that of a busy one).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Result:
 def simulate(pipeline: Pipeline, steps: int, staleness: int, seed: int) -> Result:
     """Run ``steps`` steps; the same arguments give the same result."""
     if staleness not in (0, 1) or steps < 1 or pipeline.slots < 1 or pipeline.microbatches < 1:
-        raise ValueError(f"staleness {staleness} must be 0 or 1, steps {steps}, slots {pipeline.slots} and microbatches {pipeline.microbatches} at least 1")
+        raise ValueError(f"staleness {staleness} must be 0 or 1, steps {steps}, slots {pipeline.slots} and microbatches {pipeline.microbatches} at "
+                         "least 1")
     return _Simulation(pipeline, steps, staleness, random.Random(seed)).run()
 
 
@@ -147,8 +149,24 @@ class _Simulation:
         self.missing[step, pool] = self.p.questions
         if not self.p.questions:
             self._judged(step, pool)
-        for _ in range(self.p.questions):
+        for _ in range(self.p.questions - sum(map(sum, self.p.chains))):
             self._ask(self.p.question_seconds, self._answer, step, pool)
+        for chain in self.p.chains:
+            self._ask_round(step, pool, chain)
+
+    def _ask_round(self, step: int, pool: int, chain: tuple[int, ...]) -> None:
+        """``chain``: questions of this round and of those after it."""
+        left = chain[0]
+
+        def answer(step: int, pool: int) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and chain[1:]:
+                self._ask_round(step, pool, chain[1:])
+            self._answer(step, pool)
+
+        for _ in range(chain[0]):
+            self._ask(self.p.question_seconds, answer, step, pool)
 
     def _answer(self, step: int, pool: int) -> None:
         self.missing[step, pool] -= 1

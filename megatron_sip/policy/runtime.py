@@ -106,6 +106,26 @@ def start(config: RunConfig) -> Runtime:
     )
 
 
+def settle(config: RunConfig, runtime: Runtime) -> RunConfig:
+    """``config`` with a ``model.params_dtype`` in place of auto: the same on all ranks, and what is written down, so that a resume on another
+    sort of machine is refused and not continued in another precision."""
+    if config.model.params_dtype != "auto":
+        return config
+    found: list[str | None] = ["bfloat16" if runtime.device.type == "cuda" or multiplies_bf16() else "float32"]
+    dist.broadcast_object_list(found, src=0, device=runtime.device)
+    return config.model_copy(update={"model": config.model.model_copy(update={"params_dtype": found[0]})})
+
+
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """This processor has instructions for products of bfloat16 (x86: avx512_bf16, amx_bf16; Arm: bf16). Without them it is slower than float32."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(name.strip() in ("flags", "Features") and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split())
+               for name, _, flags in (line.partition(":") for line in lines))
+
+
 def virtual_pipeline_size(config: RunConfig) -> int | None:
     """Chunks of the model on each pipeline rank, or None: Megatron's word for the schedule that is not interleaved."""
     size = config.parallel.virtual_pipeline_model_parallel_size
@@ -169,9 +189,13 @@ def transformer_engine_available() -> bool:
 
 
 def shares_prefix(config: RunConfig) -> bool:
-    """What ``objective.shared_prefix`` comes to here. With Transformer Engine it was never run, so it is not chosen by itself."""
-    setting = config.objective.shared_prefix
-    return setting if setting != "auto" else config.parallel.context_parallel_size == 1 and not transformer_engine_available()
+    """What ``objective.shared_prefix`` comes to here. With Transformer Engine it was never run, so it is not chosen by itself; plain next-token
+    prediction needs the logits of every position, so there is nothing to save but memory, at the price of computing them again."""
+    objective = config.objective
+    if objective.shared_prefix != "auto":
+        return objective.shared_prefix
+    all_of_it = objective.dpo_weight == 0 and objective.nll_on == "all"
+    return config.parallel.context_parallel_size == 1 and not all_of_it and not transformer_engine_available()
 
 
 def transformer_impl_specs(config: TransformerConfig, vp_stage: int | None, *, own_attention: bool) -> ModuleSpec | TransformerBlockSubmodules:

@@ -8,7 +8,8 @@
     rewriter         rewrites of suffixes, kept on disk
     questions        prompt templates -> the exact text of a question; corpus text is fenced in
     verdict          answer -> verdict, or None
-    fleet            servers of one model: who is free, who rests, deadlines, retries, hedges
+    fleet            servers of one model: who is free, deadlines, retries, hedges
+    resting          which servers rest, how long nobody has answered
     readiness        does a server do what the run will ask of it?
     replicas_file    servers that join and leave while the run goes on
     server_load      what vLLM's /metrics say

@@ -27,13 +27,11 @@ from typing import Any, TypeVar
 from megatron_sip.teacher.hedging import Hedging
 from megatron_sip.teacher.meter import Meter
 from megatron_sip.teacher.replica import Replica, retry_after
+from megatron_sip.teacher.resting import Hooks, Resting, back_off
 from megatron_sip.teacher.transport import Answer, Fault, Transport
 
 T = TypeVar("T")
 
-FAILURES_IN_A_ROW, UNREADABLE_IN_A_ROW = 3, 10  # after which a server rests (the second: while there are others)
-REST = 3.0  # seconds
-_BACKOFF, _LONGEST_BACKOFF = 0.25, 8.0  # seconds before the second attempt, doubled from then on
 _REFUSED = (400, 413, 422)  # the request itself is at fault (too long, say): asking again does not help
 
 _log = logging.getLogger(__name__)
@@ -78,17 +76,16 @@ class Fleet:
                  kind: str = "judge", questions_per_request: int = 1) -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in urls]
         self._concurrency, self._request_timeout, self._attempts = concurrency, request_timeout, retries + 1
-        self._outage_timeout, self._check, self._kind = outage_timeout, check, kind
+        self._outage_timeout, self._check = outage_timeout, check
         self._transport, self._hedging = Transport(api_key), Hedging(hedge_after)
         self.questions_per_request = min(questions_per_request, concurrency)
         self._queue: deque[tuple[asyncio.Future[Replica | None], int]] = deque()  # requests that wait for a server, with their number of questions
-        self._checks: dict[Replica, asyncio.Task] = {}
-        self._outage_timer: asyncio.TimerHandle | None = None
+        hooks = Hooks(lambda: self.replicas, self.problem, self._dispatch, lambda: sum(questions for _, questions in self._queue), self._give_up,
+                      lambda: self.note(kind, "fault/check"))
+        self._resting = Resting(hooks, concurrency=concurrency, outage_timeout=outage_timeout)
         self._meters: dict[str, Meter] = {}
         self._lock = threading.Lock()
         self._told: set[str] = set()  # kinds of questions whose refusal was logged
-        self._waiting = 0  # questions asked and not finished
-        self._quiet_since = 0.0
         self._id_prefix, self._sent = secrets.token_hex(4), 0
 
     # -- asking ---------------------------------------------------------------------------------------------------
@@ -109,15 +106,13 @@ class Fleet:
         Raises:
             Refused: a server refuses a request of several questions, of which each may be good by itself.
         """
-        if self._waiting == 0:
-            self._quiet_since = time.monotonic()
-        self._waiting += 1
+        self._resting.begin()
         if not counted:
             self._count(kind, questions=questions)
         try:
             return await self._attempt_all(kind, path, body, read, questions, unanswered or (lambda: questions))
         finally:
-            self._waiting -= 1
+            self._resting.end()
 
     async def _attempt_all(self, kind: str, path: str, body: Callable, read: Callable, questions: int, unanswered: Callable[[], int]) -> Any:
         self._hedging.asked()
@@ -125,7 +120,7 @@ class Fleet:
         while attempt < self._attempts:
             if tries:
                 self._count(kind, retries=1)
-                await asyncio.sleep(min(_LONGEST_BACKOFF, _BACKOFF * 2 ** min(tries - 1, 16)) * random.uniform(0.5, 1.5))
+                await back_off(tries)
             tries += 1
             replica = await self._acquire(questions, besides=replica)
             if replica is None:
@@ -142,7 +137,7 @@ class Fleet:
                 attempt += 1
             except Fault as fault:
                 patient = time.monotonic() - asked < self._outage_timeout
-                attempt += not (self._outage(fault) or (fault.kind == "busy" and patient))
+                attempt += not (self._resting.outage(fault) or (fault.kind == "busy" and patient))
             else:
                 self._count(kind, latency=time.monotonic() - began)
                 return result
@@ -202,7 +197,7 @@ class Fleet:
             except TimeoutError:
                 raise Fault("timeout", f"no answer within {self._request_timeout:g} s") from None
             if answer.status in _REFUSED:
-                self._answered(replica, questions)
+                self._resting.answered(replica, questions)
                 if questions == 1:
                     self._refused(kind, replica, answer)
                 raise Refused
@@ -212,9 +207,9 @@ class Fleet:
             raise
         except Fault as fault:
             self.note(kind, f"fault/{fault.kind}")
-            self._failed(replica, fault)
+            self._resting.failed(replica, fault)
             raise
-        self._answered(replica, questions)
+        self._resting.answered(replica, questions)
         self._hedging.took((kind, path), time.monotonic() - began)
         self._count_usage(kind, answer.data)  # spent, whatever the answer is worth
         try:
@@ -222,7 +217,7 @@ class Fleet:
         except Unreadable as error:
             self.note(kind, "fault/unreadable", error.answers)
             if error.wholly:
-                self._unreadable(replica, error)
+                self._resting.unreadable(replica, error)
             else:
                 replica.unreadable_in_a_row = 0
             raise
@@ -262,7 +257,7 @@ class Fleet:
             return replica
         place = asyncio.get_running_loop().create_future()
         self._queue.append((place, questions))
-        self._watch_outage()
+        self._resting.watch()
         try:
             return await place
         except asyncio.CancelledError:
@@ -287,56 +282,14 @@ class Fleet:
         replica.outstanding -= questions
         self._dispatch()
 
-    # -- who rests ------------------------------------------------------------------------------------------------
+    def _give_up(self) -> None:
+        """Let those who wait for a server go without one."""
+        while self._queue:
+            place, _ = self._queue.popleft()
+            if not place.done():
+                place.set_result(None)
 
-    def _answered(self, replica: Replica, questions: int) -> None:
-        if replica.failures_in_a_row >= FAILURES_IN_A_ROW:
-            _log.warning("teacher server %s answers again", replica.url)
-        replica.failures_in_a_row = 0
-        replica.grow(questions, self._concurrency)
-        self._quiet_since = time.monotonic()
-
-    def _failed(self, replica: Replica, fault: Fault) -> None:
-        if fault.kind == "busy":
-            loop = asyncio.get_running_loop()
-            loop.call_later(max(0.0, replica.busy_until - time.monotonic()) + 0.01, self._dispatch)
-            return
-        # Another model is no matter of chance.
-        replica.failures_in_a_row = max(replica.failures_in_a_row + 1, FAILURES_IN_A_ROW if fault.kind == "wrong_model" else 0)
-        if replica.failures_in_a_row == FAILURES_IN_A_ROW:
-            _log.warning("teacher server %s fails (%.300s); it gets no questions until it generates in a check, every %.0f s", replica.url, fault, REST)
-        if replica.failures_in_a_row >= FAILURES_IN_A_ROW and replica in self.replicas:
-            self._rest(replica, REST)
-
-    def _unreadable(self, replica: Replica, error: Unreadable) -> None:
-        """A server that answers nonsense, and fast, would draw most questions: it rests while there are others."""
-        replica.unreadable_in_a_row += 1
-        if replica.unreadable_in_a_row >= UNREADABLE_IN_A_ROW and any(not other.resting for other in self.replicas if other is not replica):
-            _log.warning("teacher server %s gave %d unreadable answers in a row (%.300s); it rests", replica.url, replica.unreadable_in_a_row, error)
-            replica.unreadable_in_a_row = 0
-            replica.failures_in_a_row = max(1, replica.failures_in_a_row)  # it begins again with one question
-            self._rest(replica, REST)
-
-    def _rest(self, replica: Replica, seconds: float) -> None:
-        replica.resting = True
-        if replica not in self._checks:
-            self._checks[replica] = asyncio.get_running_loop().create_task(self._recover(replica, seconds))
-        self._watch_outage()
-
-    async def _recover(self, replica: Replica, seconds: float) -> None:
-        told = None
-        while True:
-            await asyncio.sleep(seconds)
-            seconds, problem = REST, await self.problem(replica)
-            if problem is None:
-                break
-            self.note(self._kind, "fault/check")
-            if problem != told:
-                _log.warning("teacher server %s does not generate: %.300s", replica.url, problem)
-            told = problem
-        replica.resting, replica.limit = False, 1 if replica.failures_in_a_row else replica.limit
-        del self._checks[replica]
-        self._dispatch()
+    # -- servers that come and go -----------------------------------------------------------------------------------
 
     async def problem(self, replica: Replica) -> str | None:
         """What keeps this server from getting questions, after a check within one attempt's deadline; None for nothing."""
@@ -360,36 +313,11 @@ class Fleet:
         joined = [Replica(url) for url in wanted if url not in here]
         self.replicas = [replica for replica in self.replicas if replica.url in wanted] + joined
         for replica in left:
-            if (check := self._checks.pop(replica, None)) is not None:
-                check.cancel()
+            self._resting.forget(replica)
         for replica in joined:
-            self._rest(replica, 0.0)
+            self._resting.rest(replica, 0.0)
         self._dispatch()
         return [replica.url for replica in joined], [replica.url for replica in left]
-
-    # -- outages --------------------------------------------------------------------------------------------------
-
-    def _outage(self, fault: Fault) -> bool:
-        """This failure tells nothing of the question: the connection failed, and so it did on every server, several times."""
-        return (fault.connection and self.seconds_without_answer < self._outage_timeout
-                and all(replica.resting or replica.failures_in_a_row >= FAILURES_IN_A_ROW for replica in self.replicas))
-
-    def _watch_outage(self) -> None:
-        """While all servers rest, questions wait no longer than ``outage_timeout``."""
-        if self._outage_timer is None and self._queue and all(replica.resting for replica in self.replicas):
-            left = max(0.0, self._outage_timeout - self.seconds_without_answer)
-            if left > 1.0:
-                _log.warning("no teacher server generates; %d questions wait, for at most %.0f s", sum(questions for _, questions in self._queue), left)
-            self._outage_timer = asyncio.get_running_loop().call_later(left + 0.001, self._end_outage)
-
-    def _end_outage(self) -> None:
-        self._outage_timer = None
-        if all(replica.resting for replica in self.replicas) and self.seconds_without_answer >= self._outage_timeout:
-            while self._queue:
-                place, _ = self._queue.popleft()
-                if not place.done():
-                    place.set_result(None)
-        self._watch_outage()
 
     def _refused(self, kind: str, replica: Replica, answer: Answer) -> None:
         self._count(kind, refused=1)
@@ -409,7 +337,7 @@ class Fleet:
     @property
     def seconds_without_answer(self) -> float:
         """0 while nothing is outstanding; else seconds since any server answered anything."""
-        return time.monotonic() - self._quiet_since if self._waiting else 0.0
+        return self._resting.seconds_without_answer
 
     def _count(self, kind: str, *, latency: float | None = None, **counts: int) -> None:
         with self._lock:
@@ -445,12 +373,7 @@ class Fleet:
         return meters
 
     async def aclose(self) -> None:
-        if self._outage_timer is not None:
-            self._outage_timer.cancel()
-        checks = list(self._checks.values())
-        for check in checks:
-            check.cancel()
-        await asyncio.gather(*checks, return_exceptions=True)
+        await self._resting.aclose()
         await self._transport.aclose()
 
 

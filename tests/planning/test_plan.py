@@ -79,9 +79,21 @@ def test_imports_neither_torch_nor_megatron() -> None:
 
 
 def test_more_to_judge_needs_more_judges() -> None:
-    judges = [plan_of(name, judge_parameters=size, rewrites_cached=True).sizing[1].judge_gpus
-              for name, size in (("scratch_rfnll", 8e9), ("scratch_1b", 8e9), ("scratch_1b", 70e9))]
+    judges = [plan_of("scratch_1b", f"pool.rollouts={rollouts}", judge_parameters=size, rewrites_cached=True).sizing[1].judge_gpus
+              for rollouts, size in ((1, 8e9), (4, 8e9), (4, 70e9))]
     assert judges == sorted(set(judges))
+
+
+def test_fewer_questions_need_fewer_judges_unless_their_rounds_take_too_long() -> None:
+    judges = ["teacher.judges=[{kind: quality, strategy: %s}]" % name for name in ("all_pairs", "adaptive", "tournament")]
+    gpus = [plan_of("continual_quality", one, judge_parameters=8e9).sizing[1].judge_gpus for one in judges]
+    assert gpus[2] < gpus[0] < gpus[1]  # adaptive: fewer questions than all pairs, but in many rounds, for which servers have to be nearly idle
+    done = tool("configs/continual_quality.yaml", "--judge-parameters", "8e9", judges[1])
+    assert "rounds that wait for each other; estimated, between 7,424 and 30,720 questions" in done.stdout
+    done = tool("configs/continual_quality.yaml", "--judge-parameters", "8e9", judges[2], "--json")
+    asked = json.loads(done.stdout)["step"]["asked"]["quality"]
+    assert asked["rounds"] == [8, 8, 4, 2] and asked["questions"] == asked["most_questions"] == 22 * 256
+    assert asked["requests"] == 4 * 256
 
 
 def test_one_server_a_pool_needs_fewer_judges() -> None:

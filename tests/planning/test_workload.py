@@ -14,7 +14,8 @@ from megatron_sip.planning.hardware import Assumptions
 from megatron_sip.planning.plan import Options, make_plan
 from megatron_sip.planning.workload import Workload, spread, workload
 from megatron_sip.pool import ORIGINAL, ROLLOUT, Candidate, Pool
-from megatron_sip.teacher.judge import VerdictJudge
+from megatron_sip.teacher.judge import VerdictJudge, verdict_request
+from megatron_sip.teacher.questions import Question
 from megatron_sip.training.plan import plan_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -105,8 +106,16 @@ def test_counts_lengths_and_sharing_are_those_of_the_real_prompts(kind: str, ord
     assert asked.computed_tokens(1, 0.0) == asked.prompt_tokens
 
 
+def test_the_order_to_reason_is_part_of_the_prompt() -> None:
+    alone, reasoned = (work_of("continual_quality", f"teacher.judges=[{{kind: quality, reasoning: {reasoning}}}]").judges[0]
+                       for reasoning in ("false", "true"))
+    asked = verdict_request("m", JudgeSection(kind="quality", reasoning=True), Question("", ("A", "B")), "choice")["messages"][0]["content"]
+    assert reasoned.prompt_tokens - alone.prompt_tokens == pytest.approx(alone.questions * len(asked) / 3.2)
+    assert (alone.answer_tokens, reasoned.answer_tokens) == (2, 200)
+
+
 def test_sharing_is_lost_when_a_pool_is_spread_over_many_servers() -> None:
-    [asked] = work_of("continual_quality").judges
+    [asked] = work_of("continual_quality", "teacher.questions_per_request=1").judges
     computed = [asked.computed_tokens(servers, 1.0) for servers in (1, 2, 10, 1000)]
     assert computed == sorted(computed) and computed[0] < 0.25 * asked.prompt_tokens and computed[-1] > 0.75 * asked.prompt_tokens
     assert spread(1, 50) == 1 and spread(4, 1) == 1 and spread(2, 2) == 1.5 and spread(10, 10_000) == pytest.approx(10)
@@ -115,5 +124,5 @@ def test_sharing_is_lost_when_a_pool_is_spread_over_many_servers() -> None:
 def test_likelihood_judges_share_nothing_and_write_one_token() -> None:
     work = work_of("tiny_cpu", step=201)
     [judge] = work.judges
-    assert judge.questions * work.pools == 32 and judge.answer_tokens == 1
+    assert judge.questions * work.pools == 32 and judge.answer_tokens == 1 and judge.rounds == (4,)
     assert judge.prompt_tokens == judge.computed_tokens(1, 1.0) == 4 * (128 + 2 * 128)

@@ -54,3 +54,12 @@ def test_context_parallel_ranks_hold_an_early_and_a_late_piece() -> None:
     assert rank_order(12, 3, torch.device("cpu")).tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
     with pytest.raises(ValueError, match="a sequence of 10 tokens cannot be cut into 2 x 2 equal pieces"):
         rank_order(10, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("text, found", [
+    ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16 sse\n", True), ("Features\t: fp asimd bf16\n", True),
+    ("flags\t\t: fpu avx2 avx512f\nmodel name\t: one with bf16 in its name\n", False)])
+def test_processors_that_multiply_bfloat16_are_known_by_their_flags(tmp_path, text, found) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert runtime.multiplies_bf16(tmp_path / "cpuinfo") is found
+    assert not runtime.multiplies_bf16(tmp_path / "absent")

@@ -13,7 +13,7 @@ import pytest
 
 from jobs import REPOSITORY, environment, processes, submit, trained, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NTP = ("pool.rewrite=false pool.rollouts=0 pool.rollouts_start_step=0 teacher.judges=[] objective.dpo_weight=0 objective.nll_on=all "
        "objective.reference=none")
@@ -30,10 +30,10 @@ def refused(cluster, output: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_gpus_that_are_not_there_are_noticed(cluster, blend, teacher_model, tmp_path):
-    """The nodes declare eight; torch finds none."""
-    log = refused(cluster, tmp_path / "log", "--nodes=2", "--gres=gpu:8", **environment(
-        tmp_path / "run", blend, "train.global_batch_size=16", GPUS_PER_NODE="8", TRAINER_NODES="1", JUDGE_NODES="1",
-        TEACHER_MODEL=str(teacher_model), WANDB_API_KEY=SECRET))
+    """The nodes declare eight; torch finds none. What sbatch says of tasks is not what steps get."""
+    variables = environment(tmp_path / "run", blend, "train.global_batch_size=16", GPUS_PER_NODE="8", TRAINER_NODES="1", JUDGE_NODES="1",
+                            TEACHER_MODEL=str(teacher_model), WANDB_API_KEY=SECRET)
+    log = refused(cluster, tmp_path / "log", "--nodes=2", "--gres=gpu:8", "--cpus-per-task=2", "--ntasks-per-node=2", **variables)
     assert len(re.findall(r"node n\d: 0 GPUs are usable \(CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7\), 8 are expected; look at nvidia-smi", log)) == 2, log
     assert re.search(r"error: not fit: n\d n\d .*--exclude", log)
     assert "WANDB_API_KEY=\\[hidden\\]" in (tmp_path / "run" / "slurm" / "latest" / "environment.txt").read_text()

@@ -17,7 +17,7 @@ from tests.conftest import standard_library
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "preprocess_redpajama.sh"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -78,6 +78,17 @@ def test_tasks_that_are_stopped_or_lose_their_node_go_on(cluster, work, tokenize
     assert merged(work) == whole(work)
 
 
+def test_tasks_that_are_cancelled_do_not_come_back(cluster, work, tokenizer_model):
+    flags = "--append-eod --min-tokens 256 --save-interval 0 --tokenizer-engine sentencepiece"
+    job = submit(cluster, work, tokenizer_model, "--array=0", FLAGS=flags, MERGE="0")
+    progress = work / "out" / "d_shard-00000-of-00001.partial" / "progress.json"
+    cluster._until(lambda: progress.exists() and '"tokens": 0' not in progress.read_text(), "the task did not begin", 60)
+    cluster.command("scancel", job)
+    cluster._until(lambda: not cluster.command("squeue", "-h", "-t", "RUNNING,COMPLETING", "-j", job, check=False).strip(), "still there", 30)
+    assert cluster.states(job) == ["CANCELLED"], (work / "task-0.log").read_text()
+    assert "nothing is requeued from here" in (work / "task-0.log").read_text()
+
+
 def test_a_bad_line_ends_its_task_with_the_way_out(cluster, work, tokenizer_model):
     (work / "in" / "3.jsonl").write_text('{"text": 1}\n')
     job = submit(cluster, work, tokenizer_model, "--array=0", MERGE="0")
@@ -97,7 +108,7 @@ def test_what_is_missing_is_said_at_once(tmp_path, tokenizer_model, variable, me
 
 
 def test_a_dry_run_shows_the_commands(tmp_path, tokenizer_model):
-    environment = {**os.environ, "DRY_RUN": "1", "INPUT": str(tmp_path), "OUTPUT_PREFIX": str(tmp_path / "d"), "TOKENIZER_MODEL": str(tokenizer_model),
+    environment = {**os.environ, "DRY_RUN": "1", "INPUT": str(tmp_path), "OUTPUT_PREFIX": str(tmp_path / "o" / "d"), "TOKENIZER_MODEL": str(tokenizer_model),
                    "PYTHON": sys.executable, "ROOT": str(REPOSITORY)}
     done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--shard 0/1" in done.stdout and "--dependency=afterok:" in done.stdout and not list(tmp_path.iterdir())

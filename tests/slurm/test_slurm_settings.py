@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def folder(tmp_path_factory) -> Path:
     ("scratch_1b.sh", {"TOKENIZER_MODEL": "/nowhere"}, "/nowhere not there; tokenize with .*TOKENIZER_MODEL"),
     ("scratch_1b.sh", {"OVERRIDES": "optimizer.lrr=1"}, "unknown key optimizer.lrr; did you mean optimizer.lr"),
     ("scratch_1b.sh", {"OVERRIDES": "run.name='a"}, "cannot be taken apart; quote as in a shell"),
+    ("scratch_1b.sh", {"JUDGE_FLAGS": "--dtype auto --api-key abc"}, "JUDGE_FLAGS holds --api-key, which the script sets"),
+    ("scratch_1b.sh", {"JUDGE_FLAGS": "--port=8000"}, "JUDGE_FLAGS holds --port, which the script sets"),
     ("scratch_1b.sh", {"OVERRIDES": "train.global_batch_size=5"}, "train.global_batch_size = 5 is not divisible by"),
     ("scratch_1b.sh", {"ROOT": "/nowhere"}, "ROOT=/nowhere is not the repository"),
     ("scratch_1b.sh", {"DRY_RUN": ""}, "submit this with sbatch, or look at it with DRY_RUN=1"),
@@ -69,6 +72,7 @@ def folder(tmp_path_factory) -> Path:
     ("evaluate.sh", {"RUN": "/nowhere"}, "RUN=/nowhere is no folder on"),
     ("evaluate.sh", {"RUN": "slurm", "AGAINST": "slurm"}, "is neither a run with such a checkpoint nor an export"),
     ("evaluate.sh", {"RUN": "slurm", "AGAINST": "slurm", "TEACHER": "urls"}, "TEACHER=urls needs TEACHER_URLS"),
+    ("evaluate.sh", {"RUN": "MODEL", "AGAINST": "MODEL", "CONFIG": "configs/tiny_cpu.yaml", "OVERRIDES": "a='b"}, "cannot be taken apart"),
     ("evaluate.sh", {"RUN": "slurm", "AGAINST": "slurm", "TEMPERATURE": "hot"}, "TEMPERATURE=hot is no number"),
 ])
 def test_what_cannot_run_is_refused_with_the_remedy(blend, folder, tmp_path, script, variables, message):
@@ -76,7 +80,7 @@ def test_what_cannot_run_is_refused_with_the_remedy(blend, folder, tmp_path, scr
                            INIT_FROM=str(folder) if "continual" in script else "")
     if script == "evaluate.sh":
         del settings["OVERRIDES"]
-    done = dry(script, **{**settings, **variables})
+    done = dry(script, **{**settings, **{name: str(folder) if value == "MODEL" else value for name, value in variables.items()}})
     assert done.returncode == 2 and re.search(message, done.stderr), done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -91,6 +95,29 @@ def test_a_dry_run_shows_every_step_at_full_size(blend, folder, tmp_path):
     assert "rollout.engine=in_process" in trainer and f"teacher.replicas_file={tmp_path}/run/slurm/judges.txt" in trainer
     assert str(blend.parent) in trainer
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_taken_as_they_are_meant(blend, folder, tmp_path):
+    """Addresses with commas, no override at all, a key that others can read, a path that holds a space."""
+    run, key = tmp_path / "my run", tmp_path / "key"
+    key.write_text("k")
+    key.chmod(0o644)
+    shown = dry("scratch_1b.sh", PYTHON=sys.executable, BLEND=str(blend), RUN_DIR=str(run), TEACHER_URLS="http://a:1/v1,http://b:1/v1  http://c:1/v1",
+                TEACHER_MODEL="judge", TEACHER_API_KEY_FILE=str(key), OVERRIDES=" ")
+    assert shown.returncode == 0, shown.stderr
+    trainer = shlex.split(shown.stdout.splitlines()[-1])
+    assert "teacher.urls=[http://a:1/v1, http://b:1/v1, http://c:1/v1]" in trainer and f"run.dir={run}" in trainer and trainer[-1].startswith("teacher.")
+    assert f"warning: {key} holds a key and is open to others; chmod 600" in shown.stdout
+    key.chmod(0o600)
+    assert "open to others" not in dry("scratch_1b.sh", PYTHON=sys.executable, BLEND=str(blend), TEACHER_URLS="http://a:1/v1", TEACHER_MODEL="judge",
+                                       TEACHER_API_KEY_FILE=str(key)).stdout
+
+
+def test_a_site_file_may_read_unset_variables_and_fail(blend, folder, tmp_path):
+    """As module files and conda's do."""
+    (tmp_path / "site.sh").write_text("export NCCL_SOCKET_IFNAME=ib0$UNSET\nfalse\n")
+    shown = dry("scratch_1b.sh", PYTHON=sys.executable, BLEND=str(blend), TEACHER_MODEL=str(folder), SITE=str(tmp_path / "site.sh"))
+    assert shown.returncode == 0 and "megatron_sip.train" in shown.stdout, shown.stdout + shown.stderr
 
 
 @pytest.mark.parametrize("script", ["scratch_1b_ntp.sh", "continual_1b.sh", "teacher_fleet.sh"])
@@ -146,7 +173,8 @@ def test_a_node_that_is_not_fit_says_why(tmp_path, monkeypatch, change, message)
 
 def test_secrets_stay_out_of_the_dump():
     secrets = {"WANDB_API_KEY": "w1", "HF_TOKEN": "w2", "MY_SECRET": "w3", "DB_PASSWORD": "w4", "PROXY": "http://me:w5@host", "X": "sk-w6w6w6w6w6w6",
-               "AWS_CREDENTIALS": "w7", "Y": "Authorization: Bearer w8", "Z": "https://host/?token=w9", "TWO": "a\nGIT_TOKEN=w10"}
+               "AWS_CREDENTIALS": "w7", "Y": "Authorization: Bearer w8", "Z": "https://host/?token=w9", "TWO": "a\nGIT_TOKEN=w10", "SLURM_JWT": "w11", "JUDGE_FLAGS": "--api-key w12",
+               "V": "eyJw13abcdefgh.b.c", "W": "github_pat_w14w14w14w"}
     shown = {"TOKENIZER_MODEL": "/data/t.model", "TEACHER_API_KEY_FILE": "/keys/k", "NCCL_DEBUG": "INFO", "LINES": "1\n2"}
     done = subprocess.run(["bash", "-euc", "ROOT=$PWD; source slurm/common.sh; dump_environment"], cwd=REPOSITORY, capture_output=True, text=True,
                           check=True, env={"PATH": os.environ["PATH"], **secrets, **shown})

@@ -16,8 +16,7 @@ import pytest
 from scripted import MODEL, Reply, ask_verdict, chat, serve
 
 from megatron_sip.config import JudgeSection
-from megatron_sip.teacher import fleet as fleet_module
-from megatron_sip.teacher import transport
+from megatron_sip.teacher import resting, transport
 from megatron_sip.teacher.fleet import Fleet
 from megatron_sip.teacher.questions import Question
 from megatron_sip.teacher.readiness import Readiness
@@ -113,8 +112,8 @@ def run(case: Case) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setattr(fleet_module, "REST", 0.3)
-    monkeypatch.setattr(fleet_module, "_BACKOFF", 0.05)
+    monkeypatch.setattr(resting, "REST", 0.3)
+    monkeypatch.setattr(resting, "BACKOFF", 0.05)
     monkeypatch.setattr(transport, "MAX_ANSWER", CAP)
 
 
@@ -133,7 +132,7 @@ def test_without_an_echo_or_a_model_name_a_wrong_answer_cannot_be_told():
 
 
 def main() -> None:
-    fleet_module.REST, fleet_module._BACKOFF, transport.MAX_ANSWER = 0.3, 0.05, CAP
+    resting.REST, resting.BACKOFF, transport.MAX_ANSWER = 0.3, 0.05, CAP
     for name, case in CASES.items():
         found = run(case)
         faults = ", ".join(f"{key} {value:.0f}" for key, value in sorted(found["meter"].more.items()) if key.startswith("fault/"))

@@ -9,9 +9,9 @@ import pytest
 from scripted import MODEL, Reply, ask_verdict, chat, serve
 
 from megatron_sip.config import JudgeSection
-from megatron_sip.teacher import fleet as fleet_module
-from megatron_sip.teacher import transport
+from megatron_sip.teacher import resting, transport
 from megatron_sip.teacher.fleet import Fleet
+from megatron_sip.teacher.meter import Meter
 from megatron_sip.teacher.questions import Question
 
 CAP = 1 << 20  # bytes
@@ -50,8 +50,8 @@ def ask(urls: list[str], *, questions: int = 1, key: str | None = None, timeout:
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setattr(fleet_module, "REST", 0.3)
-    monkeypatch.setattr(fleet_module, "_BACKOFF", 0.02)
+    monkeypatch.setattr(resting, "REST", 0.3)
+    monkeypatch.setattr(resting, "BACKOFF", 0.02)
     monkeypatch.setattr(transport, "MAX_ANSWER", CAP)
 
 
@@ -98,7 +98,7 @@ def test_a_dead_server_does_not_cost_answers_when_another_lives():
     with serve(lambda path, body: chat("A")) as server:
         verdicts, meter, _, fleet = ask(["http://127.0.0.1:9/v1", server.url], questions=60)
     assert verdicts == ["A"] * 60 and meter.no_answer == 0
-    assert fleet.replicas[0].failures_in_a_row >= fleet_module.FAILURES_IN_A_ROW and fleet.replicas[1].failures_in_a_row == 0
+    assert fleet.replicas[0].failures_in_a_row >= resting.FAILURES_IN_A_ROW and fleet.replicas[1].failures_in_a_row == 0
 
 
 def test_a_hanging_server_does_not_cost_answers_when_another_lives():
@@ -148,5 +148,5 @@ def test_latency_and_seconds_without_answer():
 
 
 def test_quantiles_are_nearest_rank():
-    meter = fleet_module.Meter(latencies=[4.0, 1.0, 3.0, 2.0])
+    meter = Meter(latencies=[4.0, 1.0, 3.0, 2.0])
     assert (meter.quantile(0.5), meter.quantile(0.95), meter.quantile(0.01)) == (2.0, 4.0, 1.0)

@@ -12,7 +12,7 @@ import pytest
 from scripted import MODEL, Reply, ask_verdict, chat, serve
 
 from megatron_sip.config import JudgeSection
-from megatron_sip.teacher import fleet as fleet_module
+from megatron_sip.teacher import resting
 from megatron_sip.teacher import replica as replica_module
 from megatron_sip.teacher.fleet import Fleet
 from megatron_sip.teacher.hedging import SHARE, Hedging
@@ -26,8 +26,8 @@ QUESTION = Question("Which is better?", ("A", "B"))
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setattr(fleet_module, "REST", 0.2)
-    monkeypatch.setattr(fleet_module, "_BACKOFF", 0.02)
+    monkeypatch.setattr(resting, "REST", 0.2)
+    monkeypatch.setattr(resting, "BACKOFF", 0.02)
 
 
 @asynccontextmanager

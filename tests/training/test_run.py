@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_sip import train
+from megatron_sip.policy import runtime as policy_runtime
 from megatron_sip.training.checkpoint_files import read_meta, write_meta
 from tests.training.runs import arguments, assert_same, assert_same_weights, execute, finish
 from tests.training.scripted_teacher import ScriptedTeacher
@@ -185,6 +187,17 @@ def test_another_config_layout_or_a_damaged_checkpoint_is_refused_on_resume(worl
     (newest / "meta.json").unlink()
     assert "no whole checkpoint is left" in refused(arguments(world, run, scripted.url), capsys)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["damaged_iter_0000004"]
+
+
+def test_a_precision_chosen_for_this_machine_is_written_down_and_kept(world, scripted, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    args = arguments(world, run, scripted.url, "model.params_dtype=auto")
+    monkeypatch.setattr(policy_runtime, "multiplies_bf16", lambda: False)
+    assert train.main([*args, "train.exit_after=1"]) == 85
+    assert yaml.safe_load((run / "run.yaml").read_text())["model"]["params_dtype"] == "float32"
+    monkeypatch.setattr(policy_runtime, "multiplies_bf16", lambda: True)
+    assert train.main(args) == 2
+    assert "model.params_dtype" in capsys.readouterr().err
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_asks_nothing_twice(world, whole, scripted, tmp_path, capsys):
