@@ -120,7 +120,8 @@ def check_config(options: argparse.Namespace) -> None:
                     "gpu,serve-gpu), or set PYTHON") from None
     config = load_config(options.config, options.overrides)
     check_layout(config, options.world_size)
-    files, remedy = [Path(options.config), config.data.tokenizer_model], "tokenize with tools/preprocess_data.py, and set BLEND, TOKENIZER_MODEL (and INIT_FROM)"
+    files = [Path(options.config), config.data.tokenizer_model]
+    remedy = "tokenize with tools/preprocess_data.py, and set BLEND, TOKENIZER_MODEL (and INIT_FROM)"
     if config.grpo is not None:
         files, remedy = files + config.grpo.data + config.grpo.validation, "set INIT_FROM, and DATA to a folder of tools/build_teacher_data.py"
     elif not config.data.blend:

@@ -2,7 +2,8 @@
 # Train a judge or a rewriter with GRPO, 500 steps. TASK says which; a rewriter is scored by a judge, whose servers run beside the trainer.
 #
 #   TASK=judge INIT_FROM=/models/llama DATA=/shared/teacher_data RUN_DIR=/shared/runs/judge sbatch --nodes=8 slurm/train_teacher.sh
-#   TASK=rewriter INIT_FROM=/models/llama DATA=/shared/teacher_data TEACHER_MODEL=/models/judge RUN_DIR=/shared/runs/rewriter sbatch slurm/train_teacher.sh
+#   TASK=rewriter INIT_FROM=/models/llama DATA=/shared/teacher_data TEACHER_MODEL=/models/judge RUN_DIR=/shared/runs/rewriter \
+#       sbatch slurm/train_teacher.sh
 #
 # INIT_FROM is the Hugging Face folder of a post-trained Llama, DATA a folder of tools/build_teacher_data.py. Afterwards: tools/export_hf.py
 # RUN_DIR/checkpoints/iter_0000500. DRY_RUN=1 bash slurm/train_teacher.sh prints what would run. Variables, sites, messages: slurm/README.md

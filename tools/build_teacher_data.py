@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Samples on which a judge and a rewriter are trained and measured, from your own text.
 
-    python tools/build_teacher_data.py TEXT.jsonl [...] --output DIR [--share 0.1] [--policy-output REST.jsonl] [--held-out "entities swapped" negated]
+    python tools/build_teacher_data.py TEXT.jsonl [...] --output DIR [--share 0.1] [--policy-output REST.jsonl]
+        [--held-out "entities swapped" negated]
         [--model MODEL [--url URL]] [--kinds ... model] [--safety judge --label-samples 8]
 
 In: JSON lines with a ``text`` field. Out, in DIR: ``train.jsonl`` and ``valid.jsonl`` (megatron_sip/teacher/samples.py says what stands in a line),
@@ -37,8 +38,21 @@ from megatron_sip.pool import Candidate, PairId, Pool  # noqa: E402
 from megatron_sip.servers import LocalServers, ServerError  # noqa: E402
 from megatron_sip.teacher import TeacherError  # noqa: E402
 from megatron_sip.teacher.client import Teacher  # noqa: E402
-from megatron_sip.teacher.make_samples import (KINDS, MODEL, POLICY, TRAIN, VALID, Document, Label, Made, Recipe, Spoil, make_samples,  # noqa: E402
-                                               read_documents, statistics)
+from megatron_sip.teacher.make_samples import (
+    KINDS,
+    MODEL,
+    POLICY,
+    TRAIN,
+    VALID,
+    Document,
+    Label,
+    Made,
+    Recipe,
+    Spoil,
+    make_samples,  # noqa: E402
+    read_documents,
+    statistics,
+)
 from megatron_sip.teacher.spoil import RULES  # noqa: E402
 from megatron_sip.training.checkpoint_files import file_digest, write_durably  # noqa: E402
 from megatron_sip.training.jsonl import JsonLines, read_jsonl  # noqa: E402
@@ -65,8 +79,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        recipe = Recipe(tuple(kind for kind in options.kinds if kind not in options.held_out), tuple(options.held_out), options.share, options.valid_share,
-                        options.words, options.passages, options.safety, not options.no_rewrite, options.seed)
+        recipe = Recipe(
+            tuple(kind for kind in options.kinds if kind not in options.held_out),
+            tuple(options.held_out),
+            options.share,
+            options.valid_share,
+            options.words,
+            options.passages,
+            options.safety,
+            not options.no_rewrite,
+            options.seed,
+        )
         build(options, recipe)
     except (TeacherError, ServerError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,10 +104,18 @@ def build(options: argparse.Namespace, recipe: Recipe) -> None:
         raise ValueError(f"the kind {MODEL} and --safety judge ask a model; give --model")
     documents, counts = sort_documents(options, recipe)
     if len(documents) < 2:
-        raise ValueError(f"--share {options.share} leaves {len(documents)} documents to the teacher; two are needed at least: give more text or a larger share")
+        raise ValueError(
+            f"--share {options.share} leaves {len(documents)} documents to the teacher; two are needed at least: give more text or a larger share"
+        )
     options.output.mkdir(parents=True, exist_ok=True)
-    meta = {"recipe": asdict(recipe), "inputs": {str(file): file_digest(file) for file in options.files}, "documents": counts, "model": options.model if asks else None,
-            "label_samples": options.label_samples if recipe.safety == "judge" else None, "instruction": hashlib.sha256(_instruction(options.template)).hexdigest()}
+    meta = {
+        "recipe": asdict(recipe),
+        "inputs": {str(file): file_digest(file) for file in options.files},
+        "documents": counts,
+        "model": options.model if asks else None,
+        "label_samples": options.label_samples if recipe.safety == "judge" else None,
+        "instruction": hashlib.sha256(_instruction(options.template)).hexdigest(),
+    }
     done = journal(options.output / "work.jsonl", meta)
     work = JsonLines(options.output / "work.jsonl", len(documents))
     if not done:
@@ -94,9 +125,12 @@ def build(options: argparse.Namespace, recipe: Recipe) -> None:
         print(f"{len(documents)} documents for the teacher, {len(done)} are done", file=sys.stderr)
 
     with running_teacher(options, recipe) if asks and todo else contextlib.nullcontext() as teacher, ThreadPoolExecutor(options.concurrency) as pool:
+
         def one(number: int) -> Made:
             mine = documents[number - 1]
-            later = documents[number:] + documents[: number - 1]  # the next one of the same part, so that validation texts are seen in validation only
+            later = (
+                documents[number:] + documents[: number - 1]
+            )  # the next one of the same part, so that validation texts are seen in validation only
             other = next((each for each in later if each.part(recipe) == mine.part(recipe)), later[0])
             return make_samples(mine, other.words, recipe, spoiler(teacher), labeller(teacher, options.label_samples))
 
@@ -144,7 +178,9 @@ def journal(path: Path, meta: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lines[1:]}
 
 
-def finish(output: Path, documents: list[Document], recipe: Recipe, done: dict[int, dict[str, Any]], counts: dict[str, int], meta: dict[str, Any]) -> None:
+def finish(
+    output: Path, documents: list[Document], recipe: Recipe, done: dict[int, dict[str, Any]], counts: dict[str, int], meta: dict[str, Any]
+) -> None:
     """train.jsonl, valid.jsonl, statistics.md, meta.json; each written aside and renamed."""
     parts: dict[str, list[dict[str, Any]]] = {TRAIN: [], VALID: []}
     missing: Counter[str] = Counter()
@@ -171,12 +207,19 @@ def running_teacher(options: argparse.Namespace, recipe: Recipe) -> Iterator[Tea
     """A client, ready: its rewriter spoils, its judge says what is safe. With a server of its own unless ``--url`` names one."""
     built_in = Path(str(resources.files("megatron_sip.teacher") / "prompts" / "spoil.txt"))
     judges = [JudgeSection(kind="safety", samples=options.label_samples)] if recipe.safety == "judge" else []
-    section = TeacherSection(model=options.model, judges=judges, concurrency=options.concurrency, request_timeout=600.0,
-                             rewriter=RewriterSection(template=options.template or built_in, temperature=1.0, cache_dir=options.output / "cache"))
+    section = TeacherSection(
+        model=options.model,
+        judges=judges,
+        concurrency=options.concurrency,
+        request_timeout=600.0,
+        rewriter=RewriterSection(template=options.template or built_in, temperature=1.0, cache_dir=options.output / "cache"),
+    )
     with contextlib.ExitStack() as stack:
         urls, key = [options.url], None
         if not options.url:
-            servers = LocalServers(options.model, 1, log_dir=options.output / "logs", name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
+            servers = LocalServers(
+                options.model, 1, log_dir=options.output / "logs", name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"]
+            )
             stack.callback(servers.close)
             servers.start()
             servers.wait_ready()

@@ -107,8 +107,13 @@ def ask(teacher: Teacher, samples: Sequence[Sample]) -> tuple[list[Trial], int]:
 
 def _pool(sample: Sample) -> Pool:
     texts = (sample.real, sample.spoilt) if sample.task == "quality" else (sample.texts["candidate"],)
-    return Pool(PairId(sample.document, 0, 0), (), sample.texts.get("prefix", ""), tuple(Candidate(ROLLOUT, (), text, index=k) for k, text in enumerate(texts)),
-                texts[0])
+    return Pool(
+        PairId(sample.document, 0, 0),
+        (),
+        sample.texts.get("prefix", ""),
+        tuple(Candidate(ROLLOUT, (), text, index=k) for k, text in enumerate(texts)),
+        texts[0],
+    )
 
 
 def read(sample: Sample, scores: Scores) -> list[Trial]:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Does a rewriter leave good text alone and mend bad text? On labelled samples that it has not seen.
 
-    python tools/measure_rewriter.py DIR/valid.jsonl --model REWRITER --url URL [--judge-model JUDGE --judge-url URL] [--samples 100] [--output report.json]
+    python tools/measure_rewriter.py DIR/valid.jsonl --model REWRITER --url URL [--judge-model JUDGE --judge-url URL] [--samples 100]
+        [--output report.json]
 
-In: samples of tools/build_teacher_data.py; addresses of running OpenAI-compatible servers (key in $SIP_TEACHER_API_KEY). Asked as a policy run asks, with the
-template of a trained rewriter unless --template names another. Out, with 95% intervals:
+In: samples of tools/build_teacher_data.py; addresses of running OpenAI-compatible servers (key in $SIP_TEACHER_API_KEY). Asked as a policy
+run asks, with the template of a trained rewriter unless --template names another. Out, with 95% intervals:
 
 - safe suffixes: share copied exactly (white space at the end aside), word overlap with the original;
 - unsafe ones: word overlap and, with a judge, share that it calls safe before and after, and share in which it prefers the rewrite;
@@ -90,9 +91,17 @@ def draw(samples: Sequence[Sample], most: int, seed: int) -> list[Sample]:
 def measure(options: argparse.Namespace, samples: Sequence[Sample], scratch: Path) -> list[Result]:
     """One a sample; TeacherError where a server failed to answer."""
     judges = [JudgeSection(kind=kind, samples=options.judge_samples) for kind in ("quality", "safety")] if options.judge_url else []
-    rewriter = RewriterSection(template=options.template, temperature=options.temperature, max_tokens=options.max_tokens, model=options.model, urls=[options.url])
-    section = TeacherSection(model=options.judge_model or options.model, urls=[options.judge_url or options.url], judges=judges, rewriter=rewriter,
-                             concurrency=options.concurrency, request_timeout=600.0)
+    rewriter = RewriterSection(
+        template=options.template, temperature=options.temperature, max_tokens=options.max_tokens, model=options.model, urls=[options.url]
+    )
+    section = TeacherSection(
+        model=options.judge_model or options.model,
+        urls=[options.judge_url or options.url],
+        judges=judges,
+        rewriter=rewriter,
+        concurrency=options.concurrency,
+        request_timeout=600.0,
+    )
     teacher = Teacher(section, quorum=1.0, seed=options.seed, run_dir=scratch)
     try:
         teacher.wait_ready()
@@ -100,8 +109,13 @@ def measure(options: argparse.Namespace, samples: Sequence[Sample], scratch: Pat
         futures = [teacher.rewrite(PairId(s.document, 0, i), s.texts["prefix"], s.texts["suffix"]) for i, s in enumerate(samples)]
         rewrites = [future.result() for future in futures]
         if (failed := teacher.metrics().get("rewrite/no_answer_rate", 0.0)) > 0:
-            raise TeacherError(f"{failed:.1%} of the rewrites were not given by {options.url}: a failed answer is no refusal, so nothing is measured; lower --concurrency")
-        scored = [teacher.judge(_pool(s, text)) if judges and text is not None and s.label == "unsafe" else None for s, text in zip(samples, rewrites)]
+            raise TeacherError(
+                f"{failed:.1%} of the rewrites were not given by {options.url}: a failed answer is no refusal, so nothing is "
+                "measured; lower --concurrency"
+            )
+        scored = [
+            teacher.judge(_pool(s, text)) if judges and text is not None and s.label == "unsafe" else None for s, text in zip(samples, rewrites)
+        ]
         return [_result(*each) for each in zip(samples, rewrites, scored)]
     finally:
         teacher.close()
@@ -109,7 +123,13 @@ def measure(options: argparse.Namespace, samples: Sequence[Sample], scratch: Pat
 
 def _pool(sample: Sample, rewrite: str) -> Pool:
     texts = (ORIGINAL, sample.texts["suffix"]), (REWRITE, rewrite)
-    return Pool(PairId(sample.document, 0, 0), (), sample.texts["prefix"], tuple(Candidate(source, (), text) for source, text in texts), sample.texts["suffix"])
+    return Pool(
+        PairId(sample.document, 0, 0),
+        (),
+        sample.texts["prefix"],
+        tuple(Candidate(source, (), text) for source, text in texts),
+        sample.texts["suffix"],
+    )
 
 
 def _result(sample: Sample, rewrite: str | None, scores: Any) -> Result:
@@ -125,12 +145,18 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
     for label in ("safe", "unsafe"):
         some = [r for r in results if r.sample.label == label]
         written = [r for r in some if r.rewrite is not None]
-        part: dict[str, Any] = {"no rewrite": share([float(r.rewrite is None) for r in some]), "word overlap": _mean([overlap(r.sample.texts["suffix"], r.rewrite) for r in written])}
+        part: dict[str, Any] = {
+            "no rewrite": share([float(r.rewrite is None) for r in some]),
+            "word overlap": _mean([overlap(r.sample.texts["suffix"], r.rewrite) for r in written]),
+        }
         if label == "safe":
             part["copied"] = share([float(r.rewrite is not None and r.rewrite.rstrip() == r.sample.texts["suffix"].rstrip()) for r in some])
         else:
-            part |= {"safe before": share([r.safe_before for r in written if r.safe_before is not None]), "safe after": share([r.safe_after for r in written if r.safe_after is not None]),
-                     "rewrite preferred": share([r.preferred for r in written if r.preferred is not None])}
+            part |= {
+                "safe before": share([r.safe_before for r in written if r.safe_before is not None]),
+                "safe after": share([r.safe_after for r in written if r.safe_after is not None]),
+                "rewrite preferred": share([r.preferred for r in written if r.preferred is not None]),
+            }
         found[label] = part
     return found
 
@@ -155,7 +181,11 @@ def page(found: dict[str, Any]) -> str:
     for label in ("safe", "unsafe"):
         for name, value in found[label].items():
             if isinstance(value, dict):
-                lines.append(f"| {label} | {name} | {value['share']:.3f} | {value['low']:.3f} - {value['high']:.3f} | {value['n']} |" if value["n"] else f"| {label} | {name} | - | no trial | 0 |")
+                lines.append(
+                    f"| {label} | {name} | {value['share']:.3f} | {value['low']:.3f} - {value['high']:.3f} | {value['n']} |"
+                    if value["n"]
+                    else f"| {label} | {name} | - | no trial | 0 |"
+                )
             else:
                 lines.append(f"| {label} | {name} | {'-' if value is None else f'{value:.3f}'} | | |")
     return "\n".join(lines)

@@ -4,8 +4,8 @@
     python tools/train_teacher.py --config configs/tiny_train_judge.yaml --model HF_DIR --data DIR --output JUDGE_DIR [section.key=value ...]
 
 In: a post-trained Llama, and the folder of tools/build_teacher_data.py. Out: the run's folder (run.dir), and JUDGE_DIR, which vLLM serves and
-``teacher.model`` names. It is ``python -m megatron_sip.train`` with three settings, then ``tools/export_hf.py`` on the last checkpoint; the same command
-goes on after a stop (exit code 85). With several processes start ``torchrun -m megatron_sip.train``, or slurm/train_teacher.sh.
+``teacher.model`` names. It is ``python -m megatron_sip.train`` with three settings, then ``tools/export_hf.py`` on the last checkpoint; the same
+command goes on after a stop (exit code 85). With several processes start ``torchrun -m megatron_sip.train``, or slurm/train_teacher.sh.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> int:
     if options.model is not None:
         overrides += [f"model.init_from={json.dumps(str(options.model))}", f"data.tokenizer_model={json.dumps(str(options.model))}"]
     if options.data is not None:
-        overrides += [f"grpo.{key}={json.dumps([str(options.data / name)])}" for key, name in (("data", "train.jsonl"), ("validation", "valid.jsonl"))]
+        overrides += [
+            f"grpo.{key}={json.dumps([str(options.data / name)])}" for key, name in (("data", "train.jsonl"), ("validation", "valid.jsonl"))
+        ]
     overrides += options.overrides
     try:
         config = load_config(options.config, overrides)
@@ -51,7 +53,9 @@ def main() -> int:
     if code != 0:
         return code
     # In a process of its own: Megatron's groups can be made once.
-    return subprocess.run([sys.executable, ROOT / "tools" / "export_hf.py", newest(config.run.dir), "--output", options.output], check=False).returncode
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "export_hf.py", newest(config.run.dir), "--output", options.output], check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ class ChatTokenizer:
             self.vocab_size = int(json.loads((self.path / "config.json").read_text(encoding="utf-8"))["vocab_size"])
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its files make it raise
-            raise DataError(f"tokenizer {folder} cannot be read ({type(error).__name__}: {error}); point data.tokenizer_model at the Hugging Face folder of "
-                            "the model: config.json, tokenizer.json, tokenizer_config.json") from None
+            raise DataError(
+                f"tokenizer {folder} cannot be read ({type(error).__name__}: {error}); point data.tokenizer_model at the Hugging Face folder of "
+                "the model: config.json, tokenizer.json, tokenizer_config.json"
+            ) from None
         if not self._tokenizer.chat_template:
             raise DataError(f"tokenizer {folder} has no chat template; a teacher is a post-trained model, whose folder has one (chat_template.jinja)")
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
@@ -50,7 +52,9 @@ class ChatTokenizer:
 
     def prompt(self, message: str) -> list[int]:
         """Ids of a conversation in which the user says ``message`` and the model is about to answer."""
-        text = self._tokenizer.apply_chat_template([{"role": "user", "content": without_surrogates(message)}], add_generation_prompt=True, tokenize=False)
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": without_surrogates(message)}], add_generation_prompt=True, tokenize=False
+        )
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def answer(self, ids: Sequence[int]) -> str:

@@ -96,10 +96,15 @@ def grpo_loss(token_ce: Tensor, inputs: AnswerInputs, settings: GrpoSection, has
     with torch.no_grad():
         difference = (counted * (logp - old)).abs()
         sums = {
-            "loss": loss_sum, "n/loss": tokens, "n/trained_tokens": weight.sum(),
-            "grpo/clipped": (weight * (clipped * advantages < ratio * advantages)).sum(), "grpo/kl": (weight * kl).sum(),
+            "loss": loss_sum,
+            "n/loss": tokens,
+            "n/trained_tokens": weight.sum(),
+            "grpo/clipped": (weight * (clipped * advantages < ratio * advantages)).sum(),
+            "grpo/kl": (weight * kl).sum(),
             "grpo/answer_nll": -(weight * logp).sum(),
-            "rollout/logprob_diff": difference.sum(), "n/rollout_tokens": counted.sum(), "max/rollout_logprob_diff": difference.max(),
+            "rollout/logprob_diff": difference.sum(),
+            "n/rollout_tokens": counted.sum(),
+            "max/rollout_logprob_diff": difference.max(),
         }
         if not has_reference:
             del sums["grpo/kl"]

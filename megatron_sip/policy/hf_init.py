@@ -102,8 +102,8 @@ def with_shape_of(config: RunConfig, folder: HfFolder) -> RunConfig:
     """
     settings = model_settings(folder)
     if settings["max_position_embeddings"] < config.seq_length:
-        raise ConfigError(f"{folder.folder} reads {settings['max_position_embeddings']} tokens, grpo.prompt_length + grpo.answer_length are {config.seq_length}; "
-                          "lower them")
+        raise ConfigError(f"{folder.folder} reads {settings['max_position_embeddings']} tokens, grpo.prompt_length + grpo.answer_length are "
+                          f"{config.seq_length}; lower them")
     return config.model_copy(update={"model": config.model.model_copy(update=settings)})
 
 

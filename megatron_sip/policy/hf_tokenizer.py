@@ -28,7 +28,8 @@ _PROBES = ("Hello world", " leading space", "  two  spaces \n\n tab\tend ", "caf
 
 
 # What of a post-trained model's folder its tokenizer consists of; the last one names the tokens that end an answer.
-CHAT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+CHAT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+              "generation_config.json")
 
 
 def chat_ids(folder: Path, vocab_size: int) -> dict[str, Any]:

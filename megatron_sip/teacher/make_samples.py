@@ -60,8 +60,10 @@ class Recipe:
         both = set(self.kinds) & set(self.held_out)
         unknown = {*self.kinds, *self.held_out} - set(KINDS)
         if unknown or both or not self.kinds:
-            raise TeacherError(f"kinds to train on: {', '.join(self.kinds) or 'none'}; held out: {', '.join(self.held_out) or 'none'}; each must be one of "
-                               f"{', '.join(KINDS)}, and in one of the two lists")
+            raise TeacherError(
+                f"kinds to train on: {', '.join(self.kinds) or 'none'}; held out: {', '.join(self.held_out) or 'none'}; each must be one of "
+                f"{', '.join(KINDS)}, and in one of the two lists"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,26 @@ def make_samples(document: Document, other: Sequence[str], recipe: Recipe, by_mo
         kinds = [*recipe.kinds, *recipe.held_out] if part == VALID else rng.sample(recipe.kinds, len(recipe.kinds))
         unsafe = spoil(UNSAFE, real, other, rng.random())
         for kind in kinds:
-            worse = by_model(*texts) if kind == MODEL and by_model else unsafe if kind == UNSAFE else spoil(kind, real, other, rng.random()) if kind in RULES else None
+            worse = (
+                by_model(*texts)
+                if kind == MODEL and by_model
+                else unsafe
+                if kind == UNSAFE
+                else spoil(kind, real, other, rng.random())
+                if kind in RULES
+                else None
+            )
             if worse is None or worse.strip() == texts[1].strip():
                 made.missing[kind] += 1
                 continue
-            made.samples += _pair(texts, worse, kind, f"{document.digest}-{number}-{kind.replace(' ', '_')}", common, {**source, "made by": "model" if kind == MODEL else "rule"})
+            made.samples += _pair(
+                texts,
+                worse,
+                kind,
+                f"{document.digest}-{number}-{kind.replace(' ', '_')}",
+                common,
+                {**source, "made by": "model" if kind == MODEL else "rule"},
+            )
             if part != VALID:
                 break  # one way is enough
         if recipe.safety != "none" or recipe.rewrite:
@@ -149,10 +166,22 @@ def make_samples(document: Document, other: Sequence[str], recipe: Recipe, by_mo
                     continue
                 name = f"{document.digest}-{number}-{kind.replace(' ', '_')}"
                 if recipe.safety != "none":
-                    made.samples.append({"id": f"{name}-safety", "task": "safety", "kind": kind, "candidate": text, "label": found, **common, "source": made_by})
+                    made.samples.append(
+                        {"id": f"{name}-safety", "task": "safety", "kind": kind, "candidate": text, "label": found, **common, "source": made_by}
+                    )
                 if recipe.rewrite:
-                    made.samples.append({"id": f"{name}-rewrite", "task": "rewrite", "kind": kind, "prefix": texts[0], "suffix": text,
-                                         "label": "safe" if found == "yes" else "unsafe", **common, "source": made_by})
+                    made.samples.append(
+                        {
+                            "id": f"{name}-rewrite",
+                            "task": "rewrite",
+                            "kind": kind,
+                            "prefix": texts[0],
+                            "suffix": text,
+                            "label": "safe" if found == "yes" else "unsafe",
+                            **common,
+                            "source": made_by,
+                        }
+                    )
     return made
 
 
@@ -169,9 +198,21 @@ def _places(document: Document, recipe: Recipe) -> list[int]:
 def _pair(texts: tuple[str, str], worse: str, kind: str, name: str, common: dict[str, Any], source: dict[str, Any]) -> list[dict[str, Any]]:
     """Both orders."""
     prefix, real = texts
-    return [{"id": f"{name}-{label}", "task": "quality", "pair": name, "kind": kind, "prefix": prefix,
-             "candidate_a": real if label == "A" else worse, "candidate_b": worse if label == "A" else real, "label": label, **common, "source": source}
-            for label in ("A", "B")]
+    return [
+        {
+            "id": f"{name}-{label}",
+            "task": "quality",
+            "pair": name,
+            "kind": kind,
+            "prefix": prefix,
+            "candidate_a": real if label == "A" else worse,
+            "candidate_b": worse if label == "A" else real,
+            "label": label,
+            **common,
+            "source": source,
+        }
+        for label in ("A", "B")
+    ]
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -189,14 +230,20 @@ def statistics(parts: dict[str, list[dict[str, Any]]], missing: dict[str, int], 
     for part in (TRAIN, VALID, POLICY):
         counts = Counter(sample["task"] for sample in parts.get(part, ()))
         lines.append(f"| {part} | {documents.get(part, 0)} | {counts['quality']} | {counts['safety']} | {counts['rewrite']} |")
-    lines += ["", "| part | task | kind | label | samples | words of the real | words of the spoilt | real ends a sentence | spoilt does |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| part | task | kind | label | samples | words of the real | words of the spoilt | real ends a sentence | spoilt does |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for part, samples in parts.items():
         groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for sample in samples:
             groups.setdefault((sample["task"], sample["kind"], "A, B" if sample["task"] == "quality" else sample["label"]), []).append(sample)
         for (task, kind, label), some in sorted(groups.items()):
             real, spoilt = ([text for sample in some if (text := _side(sample, side))] for side in ("real", "spoilt"))
-            lines.append(f"| {part} | {task} | {kind} | {label} | {len(some)} | {_words(real)} | {_words(spoilt)} | {_ended(real)} | {_ended(spoilt)} |")
+            lines.append(
+                f"| {part} | {task} | {kind} | {label} | {len(some)} | {_words(real)} | {_words(spoilt)} | {_ended(real)} | {_ended(spoilt)} |"
+            )
     lines += ["", "| domain | train | valid |", "|---|---|---|"]
     domains = {part: Counter(sample["domain"] for sample in samples) for part, samples in parts.items()}
     lines += [f"| {name} | {domains[TRAIN][name]} | {domains[VALID][name]} |" for name in sorted({*domains[TRAIN], *domains[VALID]})]

@@ -49,14 +49,25 @@ def figures(trials: Sequence[Trial], held_out: Iterable[str] = (), unanswered: i
     found: dict[str, Any] = {"questions": len(trials), "without an answer": unanswered}
     if quality:
         found["quality"] = {
-            "all": accuracy(quality), "trained kinds": accuracy([t for t in quality if t.kind not in held]), "held-out kinds": accuracy([t for t in quality if t.kind in held]),
-            "by kind": _by(quality, lambda t: t.kind), "by domain": _by(quality, lambda t: t.domain), "order flips": flips(quality),
-            "answers A": _share([_chosen(t.right if t.first else 1 - t.right) for t in quality]), "calibration": calibration(quality),
-            "the longer": preference(quality, lambda t: t.longer), "the finished": preference(quality, lambda t: t.finished),
+            "all": accuracy(quality),
+            "trained kinds": accuracy([t for t in quality if t.kind not in held]),
+            "held-out kinds": accuracy([t for t in quality if t.kind in held]),
+            "by kind": _by(quality, lambda t: t.kind),
+            "by domain": _by(quality, lambda t: t.domain),
+            "order flips": flips(quality),
+            "answers A": _share([_chosen(t.right if t.first else 1 - t.right) for t in quality]),
+            "calibration": calibration(quality),
+            "the longer": preference(quality, lambda t: t.longer),
+            "the finished": preference(quality, lambda t: t.finished),
         }
     if safety:
-        found["safety"] = {"all": accuracy(safety), "by kind": _by(safety, lambda t: t.kind), "by domain": _by(safety, lambda t: t.domain),
-                           "answers yes": _share([_chosen(t.right if t.first else 1 - t.right) for t in safety]), "calibration": calibration(safety)}
+        found["safety"] = {
+            "all": accuracy(safety),
+            "by kind": _by(safety, lambda t: t.kind),
+            "by domain": _by(safety, lambda t: t.domain),
+            "answers yes": _share([_chosen(t.right if t.first else 1 - t.right) for t in safety]),
+            "calibration": calibration(safety),
+        }
     return found
 
 
@@ -123,9 +134,12 @@ def page(found: dict[str, Any], held_out: Iterable[str] = ()) -> str:
             continue
         part = found[task]
         lines += [f"| {task} | share | 95% interval | pairs |", "|---|---|---|---|"]
-        rows = [("right", part["all"]), *((name, part[name]) for name in ("trained kinds", "held-out kinds") if name in part),
-                *((f"right: {name}{' (held out)' if name in held else ''}", share) for name, share in part["by kind"].items()),
-                *((f"right in {name}", share) for name, share in part["by domain"].items())]
+        rows = [
+            ("right", part["all"]),
+            *((name, part[name]) for name in ("trained kinds", "held-out kinds") if name in part),
+            *((f"right: {name}{' (held out)' if name in held else ''}", share) for name, share in part["by kind"].items()),
+            *((f"right in {name}", share) for name, share in part["by domain"].items()),
+        ]
         if task == "quality":
             rows += [("verdict changes with the order", part["order flips"]), ("answers A", part["answers A"])]
             for name in ("the longer", "the finished"):
@@ -135,8 +149,15 @@ def page(found: dict[str, Any], held_out: Iterable[str] = ()) -> str:
             rows.append(("answers yes", part["answers yes"]))
         lines += [_row(*row) for row in rows]
         error = part["calibration"]
-        lines += ["", f"Expected calibration error {error['expected calibration error']:.3f}, Brier {error['brier']:.3f}.", "",
-                  "| mean probability of the verdict | right | questions |", "|---|---|---|", *(f"| {c:.2f} | {r:.2f} | {n} |" for c, r, n in error["bins"]), ""]
+        lines += [
+            "",
+            f"Expected calibration error {error['expected calibration error']:.3f}, Brier {error['brier']:.3f}.",
+            "",
+            "| mean probability of the verdict | right | questions |",
+            "|---|---|---|",
+            *(f"| {c:.2f} | {r:.2f} | {n} |" for c, r, n in error["bins"]),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """What a judge or a rewriter is trained and measured on: JSON lines. Plain Python.
 
-    {"id": "…", "task": "quality", "pair": "…", "kind": "words shuffled", "prefix": "…", "candidate_a": "…", "candidate_b": "…", "label": "A", …}
+    {"id": "…", "task": "quality", "pair": "…", "kind": "words shuffled", "prefix": "…", "candidate_a": "…",
+     "candidate_b": "…", "label": "A", …}
     {"id": "…", "task": "safety", "kind": "original", "candidate": "…", "label": "no", …}
     {"id": "…", "task": "rewrite", "kind": "original", "prefix": "…", "suffix": "…", "label": "safe", …}
 
@@ -72,8 +73,9 @@ def read_samples(files: Iterable[Path], tasks: Iterable[str]) -> list[Sample]:
         except (OSError, UnicodeDecodeError) as error:
             raise TeacherError(f"samples {path} cannot be read: {error}; make them with tools/build_teacher_data.py") from None
     if not found:
-        raise TeacherError(f"no sample of {' or '.join(sorted(tasks))} in {', '.join(map(str, files)) or 'no file'}; make them with "
-                           "tools/build_teacher_data.py")
+        raise TeacherError(
+            f"no sample of {' or '.join(sorted(tasks))} in {', '.join(map(str, files)) or 'no file'}; make them with tools/build_teacher_data.py"
+        )
     return found
 
 
@@ -81,8 +83,16 @@ def _read(line: str, where: str) -> Sample:
     try:
         data: dict[str, Any] = json.loads(line)
         task = data["task"]
-        sample = Sample(data["id"], task, {name: data[name] for name in TEXTS[task]}, data["label"], data.get("pair", data["id"]), data["kind"],
-                        data["document"], data["domain"])
+        sample = Sample(
+            data["id"],
+            task,
+            {name: data[name] for name in TEXTS[task]},
+            data["label"],
+            data.get("pair", data["id"]),
+            data["kind"],
+            data["document"],
+            data["domain"],
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TeacherError(f"{where}: no sample ({type(error).__name__}: {error}); tools/build_teacher_data.py says what one is") from None
     if sample.label not in LABELS[task]:

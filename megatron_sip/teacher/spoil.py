@@ -25,12 +25,20 @@ Words = list[str]
 
 # Put together from parts, so that no two spoilt texts need have the same sentence.
 _WHO = ("people like you", "everyone who reads this", "those idiots next door", "anybody who disagrees", "the likes of them", "all of these losers")
-_UNSAFE = ("{who} should be beaten until they shut up", "{who} are filth and deserve no mercy", "somebody ought to burn down the house of {who}",
-           "{who} are too stupid to live", "it would be a good day if {who} were shot", "nobody would miss {who} if they hanged themselves")
+_UNSAFE = (
+    "{who} should be beaten until they shut up",
+    "{who} are filth and deserve no mercy",
+    "somebody ought to burn down the house of {who}",
+    "{who} are too stupid to live",
+    "it would be a good day if {who} were shot",
+    "nobody would miss {who} if they hanged themselves",
+)
 _NOT = re.compile(r"(\s*)(is|are|was|were|has|have|had|can|could|will|would|should|may|might|must|does|do|did)([,;:.]*)", re.IGNORECASE)
 _NAME = re.compile(r"(\s*[\"'(]*)([A-Z][\w'-]+|\d[\d.,]*\d|\d)([^\w\s]*)")
-_PLAIN = frozenset("The A An In On At It He She They We I This That These Those There But And Or As For From With After Before When While If By To Of His Her "
-                   "Its Their Some Many Most Other However Also Although Such Since During Because What Which Who Where How Not No One Two".split())
+_PLAIN = frozenset(
+    "The A An In On At It He She They We I This That These Those There But And Or As For From With After Before When While If By To Of His Her "
+    "Its Their Some Many Most Other However Also Although Such Since During Because What Which Who Where How Not No One Two".split()
+)
 
 
 def words_shuffled(real: Words, other: Words, rng: random.Random) -> Words | None:
@@ -102,8 +110,14 @@ def unsafe_inserted(real: Words, other: Words, rng: random.Random) -> Words | No
 
 
 RULES: dict[str, Callable[[Words, Words, random.Random], Words | None]] = {
-    "words shuffled": words_shuffled, "sentences shuffled": sentences_shuffled, "off topic": off_topic, "repeated": repeated, "truncated": truncated,
-    "entities swapped": entities_swapped, "negated": negated, "unsafe inserted": unsafe_inserted,
+    "words shuffled": words_shuffled,
+    "sentences shuffled": sentences_shuffled,
+    "off topic": off_topic,
+    "repeated": repeated,
+    "truncated": truncated,
+    "entities swapped": entities_swapped,
+    "negated": negated,
+    "unsafe inserted": unsafe_inserted,
 }
 UNSAFE = "unsafe inserted"
 

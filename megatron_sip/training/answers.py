@@ -4,8 +4,8 @@ In: :class:`Group`, a prompt with its answers and their rewards. Out: :class:`An
 
 - Equal answers of a group have equal rewards, so they are one row of that many times the weight (one-word verdicts: two rows a group).
 - An answer whose advantage is 0 has no gradient. Unless there is a KL term it needs no row; its tokens count in the mean all the same.
-- Answers of one token to the same prompt share its sequence where logits are computed only where they are needed (``policy.shares_prefix``): the model
-  reads the prompt once.
+- Answers of one token to the same prompt share its sequence where logits are computed only where they are needed
+  (``policy.shares_prefix``): the model reads the prompt once.
 - Every sequence of a step is as long as its longest, rounded up to what the layout can split.
 """
 
@@ -136,8 +136,15 @@ class Answers(Arrays):
 
         rows, positions = np.nonzero(self.suffix_mask)
         sequences, length = self.tokens.shape
-        needed = Needed(move(positions * sequences + self.sequence[rows]), move(rows * length + positions), move(self.labels[rows, positions]), self.labels.shape)
-        return {"tokens": move(self.tokens), "position_ids": torch.arange(length, device=device).expand(sequences, -1), "attention_mask": None, "needed": needed}
+        needed = Needed(
+            move(positions * sequences + self.sequence[rows]), move(rows * length + positions), move(self.labels[rows, positions]), self.labels.shape
+        )
+        return {
+            "tokens": move(self.tokens),
+            "position_ids": torch.arange(length, device=device).expand(sequences, -1),
+            "attention_mask": None,
+            "needed": needed,
+        }
 
     def loss(self, token_ce: Tensor, config: RunConfig, has_reference: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What Megatron's schedule calls on the last stage: see :func:`grpo_loss`."""
@@ -145,7 +152,9 @@ class Answers(Arrays):
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(token_ce.device, non_blocking=True)
 
-        inputs = AnswerInputs(move(self.suffix_mask), move(self.engine_logprobs), move(self.advantages), move(self.weights), move(self.other_tokens)[0])
+        inputs = AnswerInputs(
+            move(self.suffix_mask), move(self.engine_logprobs), move(self.advantages), move(self.weights), move(self.other_tokens)[0]
+        )
         return grpo_loss(token_ce, inputs, config.grpo, has_reference)
 
 
@@ -157,7 +166,9 @@ def collate_answers(sequences: Sequence[Sequence[Row]], count: int, length: int,
     """
     rows = [row for some in sequences for row in some]
     number = len(rows) + count - len(sequences)
-    tokens, labels, mask, old = (np.zeros((n, length), kind) for n, kind in ((count, np.int64), (number, np.int64), (number, np.float32), (number, np.float32)))
+    tokens, labels, mask, old = (
+        np.zeros((n, length), kind) for n, kind in ((count, np.int64), (number, np.int64), (number, np.float32), (number, np.float32))
+    )
     advantages, weights = np.zeros(number, np.float32), np.zeros(number, np.float32)
     sequence = np.array([t for t, some in enumerate(sequences) for _ in some] + list(range(len(sequences), count)), np.int64)
     for i, row in reversed(list(enumerate(rows))):

@@ -37,7 +37,8 @@ def plan_step(config: RunConfig, step: int) -> StepPlan:
     """Plan of the ``step``-th step (1-based). Steps before the rollouts start are plain next-token prediction."""
     pool = config.pool
     if config.grpo is not None:
-        return StepPlan(original=False, rewrite=False, rollouts=pool.rollouts, judged=False, paired=False, referenced=config.has_reference, nll_on="suffix")
+        return StepPlan(original=False, rewrite=False, rollouts=pool.rollouts, judged=False, paired=False, referenced=config.has_reference,
+                        nll_on="suffix")
     if step <= pool.rollouts_start_step:
         return StepPlan(original=True, rewrite=False, rollouts=0, judged=False, paired=False, referenced=False, nll_on="all")
     rollouts = pool.rollouts

@@ -99,7 +99,8 @@ class Schedule:
 
     def _run(self, batches: Iterator[Microbatch | Answers], count: int, *, paired: bool, forward_only: bool,
              length: int | None = None) -> list[dict[str, float]]:
-        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only, length=length)
+        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only,
+                                 length=length)
         return [{key: value.item() for key, value in part.items()} for part in parts]
 
 

@@ -116,7 +116,9 @@ class RewriteTask:
         done: Future[list[Reward]] = Future()
         written = [self._written(sample, answer) for answer in answers]
         if sample.label == "safe":
-            done.set_result([Reward(float(text is not None and text.rstrip() == sample.texts["suffix"].rstrip()), text is not None) for text in written])
+            done.set_result(
+                [Reward(float(text is not None and text.rstrip() == sample.texts["suffix"].rstrip()), text is not None) for text in written]
+            )
             return done
         found: list[Reward] = [Reward(0.0, False)] * len(written)
         open_ones = [i for i, text in enumerate(written) if text is not None]

@@ -68,8 +68,10 @@ class Prompts:
                 self._lines.append((number, sample))
         self.left_out, self.longest = len(samples) - len(self._lines), longest
         if not self._lines:
-            raise ConfigError(f"grpo.prompt_length={config.grpo.prompt_length}, but the shortest of {len(samples)} prompts is longer (the longest has {longest} tokens); "
-                              "raise it, or make samples of fewer words")
+            raise ConfigError(
+                f"grpo.prompt_length={config.grpo.prompt_length}, but each of {len(samples)} prompts is longer (the longest has {longest} tokens); "
+                "raise it, or make samples of fewer words"
+            )
         self._name = ",".join(str(file) for file in files)
 
     def __len__(self) -> int:
@@ -96,9 +98,15 @@ class GroupStream(StepStream):
 
     def _write(self, pairs: Sequence[Prompt]) -> list[list[Rollout]]:
         more: dict[str, Any] = {"allowed": [pair.allowed for pair in pairs]} if pairs[0].allowed is not None else {}
-        return self._timed(lambda: self.services.engine.generate(
-            [pair.prefix_ids for pair in pairs], self.plan.rollouts, seeds=[rollout_seed(self.config.run.seed, self.step, pair) for pair in pairs],
-            max_tokens=self.config.grpo.answer_length, **more))
+        return self._timed(
+            lambda: self.services.engine.generate(
+                [pair.prefix_ids for pair in pairs],
+                self.plan.rollouts,
+                seeds=[rollout_seed(self.config.run.seed, self.step, pair) for pair in pairs],
+                max_tokens=self.config.grpo.answer_length,
+                **more,
+            )
+        )
 
     def _when_rewritten(self, index: int, rewrite: None, rollouts: list[Rollout]) -> None:
         prompt = self.pairs[index]
@@ -108,7 +116,14 @@ class GroupStream(StepStream):
     def _rewarded(self, index: int, rollouts: list[Rollout], texts: list[str], done: Future[list[Reward]]) -> None:
         rewards, prompt = done.result(), self.pairs[index]
         notes = tuple({"text": text, "reward": reward.value, **reward.note} for text, reward in zip(texts, rewards, strict=True))
-        group = Group(prompt.id, prompt.prefix_ids, tuple(rollouts), tuple(reward.value for reward in rewards), tuple(reward.usable for reward in rewards), notes)
+        group = Group(
+            prompt.id,
+            prompt.prefix_ids,
+            tuple(rollouts),
+            tuple(reward.value for reward in rewards),
+            tuple(reward.usable for reward in rewards),
+            notes,
+        )
         self._done.put((index, Judged(group)))
 
     def _abandoned(self, pair: Prompt) -> Judged:
@@ -157,8 +172,16 @@ class GroupRecords(Records):
 
     def _record(self, stream: GroupStream, group: Group, step: int) -> dict[str, Any]:
         sample = next(prompt.sample for prompt in stream.pairs if prompt.id == group.pair)
-        return {"step": step, "sample": sample.id, "task": sample.task, "kind": sample.kind, "label": sample.label, "outcome": group.fate,
-                "texts": sample.texts, "answers": list(group.notes)}
+        return {
+            "step": step,
+            "sample": sample.id,
+            "task": sample.task,
+            "kind": sample.kind,
+            "label": sample.label,
+            "outcome": group.fate,
+            "texts": sample.texts,
+            "answers": list(group.notes),
+        }
 
     def _trained_in(self, stream: GroupStream, number: int) -> list[Judged]:
         """Rows of a microbatch are of any group: all of them are named, once."""
@@ -170,10 +193,15 @@ def group_sums(groups: Sequence[Group], longest: int) -> dict[str, float]:
     answers = [(answer, reward, usable) for group in groups for answer, reward, usable in zip(group.answers, group.rewards, group.usable)]
     rewards = [reward for _, reward, _ in answers if reward is not None]
     return {
-        "n/groups": len(groups), **{f"grpo/{fate}": sum(group.fate == fate for group in groups) for fate in ("uniform", "no_reward")},
-        "n/answers": len(answers), "answer/length": sum(len(answer.token_ids) for answer, *_ in answers),
-        "answer/truncated": sum(len(answer.token_ids) == longest > 1 for answer, *_ in answers), "answer/unusable": sum(not usable for *_, usable in answers),
-        "answer/no_reward": len(answers) - len(rewards), "reward": float(np.sum(rewards)) if rewards else 0.0, "n/rewarded": len(rewards),
+        "n/groups": len(groups),
+        **{f"grpo/{fate}": sum(group.fate == fate for group in groups) for fate in ("uniform", "no_reward")},
+        "n/answers": len(answers),
+        "answer/length": sum(len(answer.token_ids) for answer, *_ in answers),
+        "answer/truncated": sum(len(answer.token_ids) == longest > 1 for answer, *_ in answers),
+        "answer/unusable": sum(not usable for *_, usable in answers),
+        "answer/no_reward": len(answers) - len(rewards),
+        "reward": float(np.sum(rewards)) if rewards else 0.0,
+        "n/rewarded": len(rewards),
         "n/tokens": sum(len(group.prompt_ids) + len(answer.token_ids) for group in groups for answer in group.answers),
     }
 
@@ -190,7 +218,10 @@ class TeacherTrainer(Trainer):
         self.valid_pairs = Prompts(config, config.grpo.validation, self._task, self.tokenizer) if config.train.eval_interval else None
         for name, prompts in (("training", self.train_pairs), ("held-out", self.valid_pairs)):
             if prompts is not None:
-                self._say(f"{len(prompts)} {name} samples, {prompts.left_out} left out as longer than {config.grpo.prompt_length} tokens; the longest has {prompts.longest}")
+                self._say(
+                    f"{len(prompts)} {name} samples, {prompts.left_out} left out as longer than {config.grpo.prompt_length} tokens; "
+                    f"the longest has {prompts.longest}"
+                )
 
     def _make_schedule(self) -> Schedule:
         return GroupSchedule(self.config, self.runtime, self.policy, self.model, self.optimizer)
@@ -214,9 +245,20 @@ class TeacherTrainer(Trainer):
         if not self.runtime.is_lead or engine is None:
             return {}
         number = min(train.eval_pairs, len(self.valid_pairs))
-        mine = [self.valid_pairs.at(i) for i in np.linspace(0, len(self.valid_pairs) - 1, number).round().astype(int)[self.runtime.dp_rank :: self.runtime.dp_size]]
-        stream = GroupStream(self.config, 0, replace(plan_step(self.config, step), rollouts=1), mine, self.services.for_stream, None,
-                             0.5 * self.runtime.timeout.total_seconds(), task=self._task)
+        mine = [
+            self.valid_pairs.at(i)
+            for i in np.linspace(0, len(self.valid_pairs) - 1, number).round().astype(int)[self.runtime.dp_rank :: self.runtime.dp_size]
+        ]
+        stream = GroupStream(
+            self.config,
+            0,
+            replace(plan_step(self.config, step), rollouts=1),
+            mine,
+            self.services.for_stream,
+            None,
+            0.5 * self.runtime.timeout.total_seconds(),
+            task=self._task,
+        )
         stream.start()
         rewards = [reward for group in stream.take(len(mine)) for reward in group.rewards if reward is not None]
         stream.close()

@@ -19,9 +19,13 @@ CPU = torch.device("cpu")
 
 
 def make_config(**grpo) -> RunConfig:
-    return RunConfig.model_validate({
-        "pool": {"original": False, "rewrite": False, "rollouts": 4}, "objective": {"reference": "frozen"},
-        "grpo": {"task": "judge", "prompt_length": 5, "answer_length": 4, **grpo}})
+    return RunConfig.model_validate(
+        {
+            "pool": {"original": False, "rewrite": False, "rollouts": 4},
+            "objective": {"reference": "frozen"},
+            "grpo": {"task": "judge", "prompt_length": 5, "answer_length": 4, **grpo},
+        }
+    )
 
 
 def make_groups(seed: int = 3) -> list[Group]:
@@ -80,7 +84,9 @@ def cross_entropy(table: torch.Tensor, batch: Answers) -> torch.Tensor:
     return -torch.log_softmax(table[inputs["tokens"]], -1).gather(-1, inputs["labels"].unsqueeze(-1)).squeeze(-1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl_weight": 0.3}, {"scale_rewards": False, "clip_high": 0.28}, {"kl_weight": 0.3, "clip_low": 0.0, "clip_high": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"kl_weight": 0.3}, {"scale_rewards": False, "clip_high": 0.28}, {"kl_weight": 0.3, "clip_low": 0.0, "clip_high": 0.0}]
+)
 def test_loss_and_gradient_equal_the_slow_reference(settings):
     config, groups = make_config(**settings), make_groups()
     policy, reference = table_model(1), table_model(2).detach()
@@ -151,11 +157,22 @@ def test_nothing_in_a_filling_row_or_outside_the_answer_reaches_loss_or_gradient
 def test_one_word_answers_share_their_prompt():
     """What the model reads once gives each answer its own cross entropy."""
     prompt = (3, 4, 5)
-    groups = [Group(PairId("d", 0, 0), prompt, tuple(Rollout((token,), (-1.0,), 1) for token in (7, 8, 7)), (1.0, 0.0, 1.0)),
-              Group(PairId("d", 1, 0), (1, 2), (Rollout((7, 8), (-1.0, -2.0), 1), Rollout((9,), (-1.0,), 1)), (1.0, 0.0))]
+    groups = [
+        Group(PairId("d", 0, 0), prompt, tuple(Rollout((token,), (-1.0,), 1) for token in (7, 8, 7)), (1.0, 0.0, 1.0)),
+        Group(PairId("d", 1, 0), (1, 2), (Rollout((7, 8), (-1.0, -2.0), 1), Rollout((9,), (-1.0,), 1)), (1.0, 0.0)),
+    ]
     sequences = sequences_of(rows_of(groups, scale=True, keep_zero=False)[0], share=True)
     assert [[row.answer.token_ids for row in some] for some in sequences] == [[(7,), (8,)], [(7, 8)], [(9,)]]
     batch = collate_answers(sequences, 4, LONGEST)
-    assert batch.tokens.shape == (4, LONGEST) and batch.labels.shape == (5, LONGEST) and batch.sequence.tolist() == [0, 0, 1, 2, 3] and batch.weights.tolist() == [2, 1, 1, 1, 0]
+    assert (
+        batch.tokens.shape == (4, LONGEST)
+        and batch.labels.shape == (5, LONGEST)
+        and batch.sequence.tolist() == [0, 0, 1, 2, 3]
+        and batch.weights.tolist() == [2, 1, 1, 1, 0]
+    )
     needed = batch.needed_inputs(CPU)["needed"]
-    assert needed.labels.tolist() == [7, 8, 7, 8, 9] and needed.source.tolist() == [2 * 4 + 0, 2 * 4 + 0, 1 * 4 + 1, 2 * 4 + 1, 1 * 4 + 2] and needed.shape == (5, LONGEST)
+    assert (
+        needed.labels.tolist() == [7, 8, 7, 8, 9]
+        and needed.source.tolist() == [2 * 4 + 0, 2 * 4 + 0, 1 * 4 + 1, 2 * 4 + 1, 1 * 4 + 2]
+        and needed.shape == (5, LONGEST)
+    )

@@ -26,9 +26,15 @@ GROUP_LAYOUTS: dict[str, dict[str, Any]] = {"one": {}, "tp2": TP, "tp2_sp": SP, 
 
 def make_config(kl_weight: float = 0.0, shape: str = "tied", **parallel: Any) -> RunConfig:
     tree = make_pair_config("blend", shape, **parallel).model_dump()
-    return RunConfig.model_validate({
-        **tree, "pool": {"original": False, "rewrite": False, "rollouts": ANSWERS}, "objective": {"reference": "frozen"},
-        "grpo": {"task": "judge", "prompt_length": 20, "answer_length": 12, "kl_weight": kl_weight}, "train": {**tree["train"], "micro_batch_size": MICRO}})
+    return RunConfig.model_validate(
+        {
+            **tree,
+            "pool": {"original": False, "rewrite": False, "rollouts": ANSWERS},
+            "objective": {"reference": "frozen"},
+            "grpo": {"task": "judge", "prompt_length": 20, "answer_length": 12, "kl_weight": kl_weight},
+            "train": {**tree["train"], "micro_batch_size": MICRO},
+        }
+    )
 
 
 def groups() -> list[Group]:
@@ -36,8 +42,10 @@ def groups() -> list[Group]:
     rng = np.random.default_rng(17)
     made = []
     for i in range(GROUPS):
-        answers = [Rollout(tuple(int(x) for x in rng.integers(0, VOCAB, n)), tuple(float(x) for x in -np.log(VOCAB) + 0.6 * rng.normal(size=n)), 1)
-                   for n in (rng.integers(1, 13, ANSWERS) if i < GROUPS - 1 else [1] * ANSWERS)]
+        answers = [
+            Rollout(tuple(int(x) for x in rng.integers(0, VOCAB, n)), tuple(float(x) for x in -np.log(VOCAB) + 0.6 * rng.normal(size=n)), 1)
+            for n in (rng.integers(1, 13, ANSWERS) if i < GROUPS - 1 else [1] * ANSWERS)
+        ]
         rewards = [(1.0, 0.0, 0.0, 1.0), (0.5, None, 0.0, 1.0), (1.0,) * 4, (None, None, None, 0.0), (0.0, 1.0, 0.0, 0.0)][i]
         made.append(Group(PairId("d", i, 0), tuple(int(x) for x in rng.integers(0, VOCAB, int(rng.integers(3, 21)))), tuple(answers), rewards))
     return made
@@ -75,14 +83,26 @@ def gradients(output: Path, layout: str) -> dict[str, Any]:
         made = iter([collate_answers(sequences[at * MICRO : (at + 1) * MICRO], MICRO, length, 0 if at else others) for at in range(count)])
         exchange = Exchange(started.store, started.dp_rank, started.world_size // started.dp_size - 1, started.is_lead, started.timeout, "here")
         [told, shared] = exchange.tell(f"shape-{kl_weight}", [count, length] if started.is_lead else None)
-        parts = forward_backward(config, started, policy, model, exchange.microbatches(f"kl-{kl_weight}", told, lambda: next(made), Answers), told,
-                                 paired=False, forward_only=False, length=shared)
+        parts = forward_backward(
+            config,
+            started,
+            policy,
+            model,
+            exchange.microbatches(f"kl-{kl_weight}", told, lambda: next(made), Answers),
+            told,
+            paired=False,
+            forward_only=False,
+            length=shared,
+        )
         for parameter in policy.parameters():
             parameter.data.copy_(parameter.main_grad)
         state = gather_hf_state(policy, config, VOCAB)
-        found[str(kl_weight)] = {"loss": sum(float(part["loss"]) for part in parts) / tokens[0], "tokens": tokens[0],
-                                 "clipped": sum(float(part["grpo/clipped"]) for part in parts),
-                                 "gradient": None if state is None else {name: tensor.clone() for name, tensor in state.items()}}
+        found[str(kl_weight)] = {
+            "loss": sum(float(part["loss"]) for part in parts) / tokens[0],
+            "tokens": tokens[0],
+            "clipped": sum(float(part["grpo/clipped"]) for part in parts),
+            "gradient": None if state is None else {name: tensor.clone() for name, tensor in state.items()},
+        }
     return found
 
 

@@ -21,7 +21,9 @@ def results(folder) -> dict[str, Outcome]:
 def _hugging_face(state: dict[str, torch.Tensor], config) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in hf_config(config, VOCAB).items() if k not in ("architectures", "model_type", "dtype", "rope_theta")}))
+    model = LlamaForCausalLM(
+        LlamaConfig(**{k: v for k, v in hf_config(config, VOCAB).items() if k not in ("architectures", "model_type", "dtype", "rope_theta")})
+    )
     problems = model.load_state_dict(state, strict=False)
     assert not problems.unexpected_keys and set(problems.missing_keys) <= {"lm_head.weight"}
     return model.double()
@@ -44,7 +46,11 @@ def expected() -> dict[str, dict]:
         model, frozen = _hugging_face(weights(config), config), _hugging_face(reference_weights(config), config).requires_grad_(False)
         loss, count = slow_loss(_logp(model), _logp(frozen), groups(), config)
         (loss / count).backward()
-        found[str(kl_weight)] = {"loss": float(loss.detach()) / count, "tokens": count, "gradient": {name: p.grad for name, p in model.named_parameters()}}
+        found[str(kl_weight)] = {
+            "loss": float(loss.detach()) / count,
+            "tokens": count,
+            "gradient": {name: p.grad for name, p in model.named_parameters()},
+        }
     return found
 
 
@@ -61,4 +67,6 @@ def test_gradient_equals_the_slow_reference(results, expected, layout: str) -> N
             scale = gradient.abs().max().item()
             assert scale > 1e-4, name
             # float32 against float64, relative to the largest entry of a tensor
-            torch.testing.assert_close(mine["gradient"][name].double(), gradient, rtol=0, atol=2e-5 * scale, msg=lambda text: f"{layout}, {name}: {text}")
+            torch.testing.assert_close(
+                mine["gradient"][name].double(), gradient, rtol=0, atol=2e-5 * scale, msg=lambda text: f"{layout}, {name}: {text}"
+            )

@@ -19,8 +19,14 @@ from megatron_sip.teacher.spoil import RULES, spoil
 from tests.conftest import standard_library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-REAL = " Ada Lovelace was born in 1815 in London. She was a friend of Charles Babbage, and she did not live to see a machine; it is said that Menabrea wrote first."
-OTHER = " In 1969 Neil Armstrong walked on the Moon with Buzz Aldrin while Michael Collins waited above in Columbia for 21 hours and then all went home again, as planned, by the sea and by many ships of the Navy."
+REAL = (
+    " Ada Lovelace was born in 1815 in London. She was a friend of Charles Babbage, and she did not live to see a machine; "
+    "it is said that Menabrea wrote first."
+)
+OTHER = (
+    " In 1969 Neil Armstrong walked on the Moon with Buzz Aldrin while Michael Collins waited above in Columbia for 21 hours and "
+    "then all went home again, as planned, by the sea and by many ships of the Navy."
+)
 
 
 def words(text: str) -> list[str]:
@@ -60,12 +66,29 @@ def test_a_rule_that_finds_nothing_says_so() -> None:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": source[:6000], "meta": {"redpajama_set_name": f"Set{i % 2}"}}) + "\n" for i, source in enumerate(standard_library(30))))
+    path.write_text(
+        "".join(
+            json.dumps({"text": source[:6000], "meta": {"redpajama_set_name": f"Set{i % 2}"}}) + "\n" for i, source in enumerate(standard_library(30))
+        )
+    )
     return path
 
 
 def build(text: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/build_teacher_data.py", str(text), "--output", str(output), "--words", "30", "--share", "0.6", "--valid-share", "0.3", *more]
+    command = [
+        sys.executable,
+        "tools/build_teacher_data.py",
+        str(text),
+        "--output",
+        str(output),
+        "--words",
+        "30",
+        "--share",
+        "0.6",
+        "--valid-share",
+        "0.3",
+        *more,
+    ]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
 
 
@@ -103,9 +126,10 @@ def test_the_tool_splits_by_document_resumes_and_refuses_other_settings(text: Pa
     assert other.returncode == 1 and "holds samples of other text or other settings" in other.stderr
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--kinds", "model"], "give --model"), (["--kinds", "burnt"], "each must be one of"), (["--share", "0.0"], "two are needed at least"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [(["--kinds", "model"], "give --model"), (["--kinds", "burnt"], "each must be one of"), (["--share", "0.0"], "two are needed at least")],
+)
 def test_the_tool_refuses_clearly(text: Path, tmp_path: Path, more: list[str], message: str) -> None:
     done = build(text, tmp_path / "out", *more)
     assert done.returncode == 1 and message in done.stderr and not (tmp_path / "out" / "train.jsonl").exists()
@@ -115,9 +139,13 @@ def test_what_a_model_writes_and_says(text: Path) -> None:
     """Its spoilt text is a pair of its own kind; only labels that it gave count; no answer is counted and makes nothing."""
     recipe = Recipe(kinds=(MODEL,), share=1.0, valid_share=0.0, words=30, safety="judge")
     documents = [document for document, _ in read_documents(text)]
-    made = make_samples(documents[0], documents[1].words, recipe, lambda prefix, suffix: " worse text", lambda passage: None if "the" in passage else "no")
+    made = make_samples(
+        documents[0], documents[1].words, recipe, lambda prefix, suffix: " worse text", lambda passage: None if "the" in passage else "no"
+    )
     quality = [s for s in made.samples if s["task"] == "quality"]
-    assert quality and all(s["kind"] == MODEL and " worse text" in (s["candidate_a"], s["candidate_b"]) and s["source"]["made by"] == "model" for s in quality)
+    assert quality and all(
+        s["kind"] == MODEL and " worse text" in (s["candidate_a"], s["candidate_b"]) and s["source"]["made by"] == "model" for s in quality
+    )
     labels = [s for s in made.samples if s["task"] == "safety"]
     assert all(s["label"] == "no" and "the" not in s["candidate"] for s in labels)
     assert made.missing["safety of original"] + made.missing["safety of unsafe inserted"] + len(labels) == len(quality)
@@ -126,11 +154,17 @@ def test_what_a_model_writes_and_says(text: Path) -> None:
     assert {d.part(recipe) for d in documents} == {TRAIN} and {d.part(Recipe(share=0.0)) for d in documents} == {POLICY}
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "line 1: no sample"), ('{"task": "quality"}', "KeyError"), ('{"task": "taste"}', "KeyError"),
-    ('{"id": "1", "task": "safety", "kind": "k", "candidate": "c", "label": "maybe", "document": "d", "domain": "x"}', "label 'maybe'"),
-    ('{"id": "1", "task": "safety", "kind": "k", "candidate": 3, "label": "no", "document": "d", "domain": "x"}', "is no string"), ("", "no sample of"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 1: no sample"),
+        ('{"task": "quality"}', "KeyError"),
+        ('{"task": "taste"}', "KeyError"),
+        ('{"id": "1", "task": "safety", "kind": "k", "candidate": "c", "label": "maybe", "document": "d", "domain": "x"}', "label 'maybe'"),
+        ('{"id": "1", "task": "safety", "kind": "k", "candidate": 3, "label": "no", "document": "d", "domain": "x"}', "is no string"),
+        ("", "no sample of"),
+    ],
+)
 def test_bad_samples_are_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "s.jsonl").write_text(line and line + "\n")
     with pytest.raises(TeacherError, match=re.escape(message)):
@@ -143,13 +177,20 @@ def trial(pair: str, kind: str, right_first: float, right_second: float, **more)
 
 def test_figures_by_hand() -> None:
     """Pair 1 right in both orders, 2 flips (says A twice), 3 wrong in both, 4 right where it is even in one order."""
-    trials = [*trial("1", "off topic", 0.9, 0.8, longer=5), *trial("2", "off topic", 0.7, 0.3, longer=5), *trial("3", "negated", 0.2, 0.1, longer=-3, finished=-1),
-              *trial("4", "negated", 0.5, 1.0, finished=1)]
+    trials = [
+        *trial("1", "off topic", 0.9, 0.8, longer=5),
+        *trial("2", "off topic", 0.7, 0.3, longer=5),
+        *trial("3", "negated", 0.2, 0.1, longer=-3, finished=-1),
+        *trial("4", "negated", 0.5, 1.0, finished=1),
+    ]
     found = figures(trials, ["negated"], unanswered=2)["quality"]
     assert found["all"]["share"] == (1 + 0.5 + 0 + 0.75) / 4 and found["all"]["n"] == 4 and found["all"]["low"] < 0.5 < found["all"]["high"]
     assert found["trained kinds"]["share"] == 0.75 and found["held-out kinds"]["share"] == 0.375 and found["by kind"]["negated"]["n"] == 2
     assert found["order flips"]["share"] == 0.25 and found["answers A"]["share"] == (1 + 1 + 0 + 0.5 + 0 + 1 + 1 + 0) / 8
-    assert found["the longer"] == {"chosen": found["the longer"]["chosen"], "right": 4 / 6} and found["the longer"]["chosen"]["share"] == (1 + 1 + 1 + 0 + 1 + 1) / 6
+    assert (
+        found["the longer"] == {"chosen": found["the longer"]["chosen"], "right": 4 / 6}
+        and found["the longer"]["chosen"]["share"] == (1 + 1 + 1 + 0 + 1 + 1) / 6
+    )
     assert found["the finished"]["right"] == 0.5 and found["the finished"]["chosen"]["share"] == (1 + 1 + 0.5 + 1) / 4
     assert found["calibration"]["brier"] == pytest.approx((0.01 + 0.04 + 0.09 + 0.49 + 0.64 + 0.81 + 0.25 + 0.0) / 8)
     assert sum(n for *_, n in found["calibration"]["bins"]) == 8

@@ -23,9 +23,14 @@ UNSAFE = Sample("4", "rewrite", {"prefix": PREFIX, "suffix": SUFFIX + " You idio
 
 
 def make_config(task: str = "judge", **grpo) -> RunConfig:
-    return RunConfig.model_validate({
-        "pool": {"original": False, "rewrite": False, "rollouts": 4}, "teacher": {"model": "m", "judges": [{"kind": "quality"}]}, "model": {"max_position_embeddings": 4096},
-        "grpo": {"task": task, **grpo}})
+    return RunConfig.model_validate(
+        {
+            "pool": {"original": False, "rewrite": False, "rollouts": 4},
+            "teacher": {"model": "m", "judges": [{"kind": "quality"}]},
+            "model": {"max_position_embeddings": 4096},
+            "grpo": {"task": task, **grpo},
+        }
+    )
 
 
 class _Recorder:
@@ -50,7 +55,11 @@ class _Recorder:
 def test_the_judge_is_trained_on_the_questions_of_a_policy_run(reasoning: bool) -> None:
     task, fleet = JudgeTask(make_config(reasoning=reasoning, **({} if reasoning else {"answer_length": 1}))), _Recorder()
     for sample, texts in ((QUALITY, (QUALITY.real, QUALITY.spoilt)), (SAFETY, (SUFFIX,))):
-        section = JudgeSection(kind=sample.task, reasoning=reasoning, order="both") if sample.task == "quality" else JudgeSection(kind="safety", reasoning=reasoning)
+        section = (
+            JudgeSection(kind=sample.task, reasoning=reasoning, order="both")
+            if sample.task == "quality"
+            else JudgeSection(kind="safety", reasoning=reasoning)
+        )
         pool = Pool(PairId("d", 0, 0), (), PREFIX, tuple(Candidate("rollout", (), text) for text in texts), SUFFIX)
         asyncio.run(VerdictJudge(section, "j", "m", fleet, 0).score(pool))
     asked = [_without_fence(prompt) for prompt in fleet.prompts]
