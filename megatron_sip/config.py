@@ -206,6 +206,22 @@ class ObjectiveSection(Section):
     reference_sync_interval: int = Field(100, ge=1, description="Steps between copies of the policy into a synced reference.")
 
 
+class GrpoSection(Section):
+    task: Literal["judge", "rewrite"] = Field(description="judge: verdicts about spoilt pairs and passages, rewarded where they equal the label; rewrite: copies of safe suffixes, rewrites of unsafe ones, which teacher.judges score.")
+    data: list[Path] = Field(default_factory=list, description="Training samples, JSON lines of tools/build_teacher_data.py.")
+    validation: list[Path] = Field(default_factory=list, description="Held-out samples, of the same form.")
+    prompt_length: int = Field(3584, ge=1, description="Longest prompt in tokens; samples with a longer one are left out.")
+    answer_length: int = Field(512, ge=1, description="Longest answer in tokens.")
+    reasoning: bool = Field(True, description="judge: reasons before the verdict, as teacher.judges.reasoning asks for them. false: the answer is one token, chosen among those of the verdicts, as teacher.judges.use_logprobs reads it.")
+    dialect: Literal["choice", "json_schema", "plain"] = Field("choice", description="judge: how the answer is asked for. choice: as servers with structured outputs (vLLM) will be asked; json_schema: OpenAI's; plain: in words, a last line `Verdict: X`.")
+    quality_template: Path | None = Field(None, description="judge: prompt template that replaces the built-in one; give the same to teacher.judges later.")
+    safety_template: Path | None = Field(None, description="judge: the same for safety.")
+    scale_rewards: bool = Field(True, description="Divide a group's advantages by the standard deviation of its rewards.")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="A probability ratio below 1 minus this earns nothing more.")
+    clip_high: float = Field(0.2, ge=0, description="A probability ratio above 1 plus this earns nothing more.")
+    kl_weight: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference (objective.reference: frozen or synced).")
+
+
 class CheckpointSection(Section):
     interval: int = Field(500, ge=0, description="Steps between checkpoints; 0 saves only at the end and on a signal.")
     keep: int = Field(2, ge=1, description="Newest checkpoints that stay.")
@@ -261,6 +277,7 @@ class RunConfig(Section):
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="How the policy writes candidates.")
     teacher: TeacherSection = Field(default_factory=TeacherSection, description="The post-trained model that rewrites and judges.")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The loss.")
+    grpo: GrpoSection | None = Field(None, description="Train a judge or a rewriter instead of a policy: pool.rollouts answers to each prompt, and GRPO in the place of `objective`.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving and resuming.")
     log: LogSection = Field(default_factory=LogSection, description="Console, wandb, audit file.")
     health: HealthSection = Field(default_factory=HealthSection, description="Alarms about the judge and about rollouts that please it by meaning nothing.")
@@ -268,12 +285,22 @@ class RunConfig(Section):
 
     @property
     def seq_length(self) -> int:
-        """Tokens of one sequence: prefix plus suffix."""
+        """Tokens of one sequence: prefix plus suffix, or prompt plus answer."""
+        if self.grpo is not None:
+            return self.grpo.prompt_length + self.grpo.answer_length
         return self.data.prefix_length + self.data.suffix_length
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the loss compares the policy with a reference model."""
+        weight = self.objective.dpo_weight if self.grpo is None else self.grpo.kl_weight
+        return weight > 0 and self.objective.reference != "none"
 
     @property
     def asks_judge(self) -> bool:
         """True if some step of this run asks the judge."""
+        if self.grpo is not None:
+            return self.grpo.task == "rewrite"
         more_than_one = self.pool.original + self.pool.rewrite + self.pool.rollouts > 1
         return more_than_one and self.pool.selection == "judge" and not self.debug.replaying
 
@@ -314,8 +341,10 @@ class RunConfig(Section):
         if self.asks_teacher and not teacher.model:
             problems.append("teacher.model is not set but the run asks a teacher; give the folder of the post-trained model")
         if self.seq_length > self.model.max_position_embeddings:
-            problems.append(f"data.prefix_length + data.suffix_length = {self.data.prefix_length} + {self.data.suffix_length} = {self.seq_length} "
-                            f"> model.max_position_embeddings = {self.model.max_position_embeddings}")
+            names, parts = "data.prefix_length + data.suffix_length", (self.data.prefix_length, self.data.suffix_length)
+            if self.grpo is not None:
+                names, parts = "grpo.prompt_length + grpo.answer_length", (self.grpo.prompt_length, self.grpo.answer_length)
+            problems.append(f"{names} = {parts[0]} + {parts[1]} = {self.seq_length} > model.max_position_embeddings = {self.model.max_position_embeddings}")
         if self.optimizer.min_lr > self.optimizer.lr:
             problems.append(f"optimizer.min_lr={self.optimizer.min_lr} > optimizer.lr={self.optimizer.lr}")
         if self.debug.save_pools and self.debug.load_pools:
@@ -324,9 +353,34 @@ class RunConfig(Section):
             problems.append("debug.generate_only makes pools, debug.load_pools and debug.train_only take finished ones; unset one")
         if self.debug.load_pools and self.debug.train_only:
             problems.append("debug.train_only takes pools from the run folder, debug.load_pools from a file; unset one")
+        if self.grpo is not None:
+            problems += _grpo_problems(self, self.grpo)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _grpo_problems(config: RunConfig, grpo: GrpoSection) -> list[str]:
+    pool, judges = config.pool, config.teacher.judges
+    problems = []
+    if pool.original or pool.rewrite or pool.rollouts < 2 or pool.rollouts_start_step or pool.rollouts_ramp_steps:
+        problems.append("grpo: a group is pool.rollouts answers to one prompt, at least 2; set pool: {original: false, rewrite: false, rollouts: 16}")
+    if config.debug != DebugSection():
+        problems.append("grpo: pools are neither recorded nor replayed; unset debug.*")
+    if config.train.loss_spike_factor:
+        problems.append("grpo: the loss is near 0 whatever the answers are worth, so train.loss_spike_factor finds nothing; set it to 0")
+    if grpo.kl_weight > 0 and config.objective.reference == "none":
+        problems.append("grpo.kl_weight > 0 needs objective.reference=frozen or synced")
+    if not grpo.reasoning and grpo.task == "judge":
+        if grpo.answer_length != 1:
+            problems.append(f"grpo.reasoning=false answers with one token, but grpo.answer_length={grpo.answer_length}; set it to 1")
+        if config.rollout.engine != "in_process":
+            problems.append("grpo.reasoning=false chooses among the tokens of the verdicts, which the in-process sampler does; set rollout.engine=in_process")
+        if grpo.dialect != "choice":
+            problems.append(f"grpo.reasoning=false asks for nothing but the verdict; unset grpo.dialect={grpo.dialect}")
+    if grpo.task == "rewrite" and any(judge.kind == "likelihood" for judge in judges):
+        problems.append("grpo.task=rewrite adds scores in 0 … 1; kind=likelihood gives nats per token: use quality and safety")
+    return problems
 
 
 def check_layout(config: RunConfig, world_size: int) -> int:
@@ -338,6 +392,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     model, parallel, train = config.model, config.parallel, config.train
     tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
+    lengths = "data.prefix_length + data.suffix_length" if config.grpo is None else "grpo.prompt_length + grpo.answer_length"
     problems = []
 
     def divides(what: str, value: int, by: str, divisor: int, remedy: str) -> bool:
@@ -366,17 +421,19 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     else:
         divides("model.num_layers", model.num_layers, f"pipeline x virtual pipeline parallel size = {pp} x {virtual}", pp * virtual,
                 "change one of them")
-    if divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
+    if config.grpo is not None:  # microbatches hold answers, and the last one may be filled up
+        divides("train.global_batch_size", train.global_batch_size, "data parallel size", dp, "change one of them")
+    elif divides("train.global_batch_size", train.global_batch_size, f"micro_batch_size x data parallel size = {train.micro_batch_size} x {dp}",
                train.micro_batch_size * dp, "change train.global_batch_size or train.micro_batch_size") and virtual > 1:
         divides("microbatches of a step", train.global_batch_size // (train.micro_batch_size * dp), "pipeline_model_parallel_size", pp,
                 "the interleaved schedule takes them in such groups: change train.global_batch_size or train.micro_batch_size")
     if cp > 1:
-        divides("data.prefix_length + data.suffix_length", config.seq_length, "2 x context_parallel_size", 2 * cp,
+        divides(lengths, config.seq_length, "2 x context_parallel_size", 2 * cp,
                 "each rank takes two pieces of the sequence: change the lengths")
     if parallel.sequence_parallel:
         if tp == 1:
             problems.append("parallel.sequence_parallel needs tensor_model_parallel_size > 1")
-        divides("data.prefix_length + data.suffix_length", config.seq_length,
+        divides(lengths, config.seq_length,
                 "tensor_model_parallel_size" if cp == 1 else f"tensor x context parallel size = {tp} x {cp}", tp * cp,
                 "sequence parallel splits the sequence evenly: change the lengths")
     if cp > 1 and config.objective.shared_prefix is True:

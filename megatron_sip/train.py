@@ -1,5 +1,7 @@
 """Entry point: ``torchrun -m megatron_sip.train --config configs/scratch_1b.yaml [section.key=value ...]``.
 
+A configuration with a ``grpo`` section trains a judge or a rewriter instead of a policy (docs/teacher_training.md).
+
 In: a configuration. Out: a run folder, and an exit code: 0 done, 85 saved but more to do, 86 saved but a server was
 lost or a step was bad, 87 hung, 2 bad configuration or data, 1 anything else. SIGUSR2 prints what every thread is doing.
 """
@@ -62,6 +64,13 @@ def _run(config: RunConfig) -> int:
 
     trainer = None
     try:
+        if config.grpo is not None:
+            from megatron_sip.data.chat_tokenizer import ChatTokenizer as Tokenizer
+            from megatron_sip.policy.hf_init import HfFolder, with_shape_of
+            from megatron_sip.training.teacher import TeacherTrainer as Trainer
+
+            if config.model.init_from is not None:
+                config = with_shape_of(config, HfFolder(config.model.init_from))
         tokenizer = Tokenizer(config.data.tokenizer_model)
         runtime = policy_runtime.start(config)
         config = policy_runtime.settle(config, runtime)

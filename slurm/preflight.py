@@ -120,15 +120,17 @@ def check_config(options: argparse.Namespace) -> None:
                     "gpu,serve-gpu), or set PYTHON") from None
     config = load_config(options.config, options.overrides)
     check_layout(config, options.world_size)
-    if not config.data.blend:
-        raise Unfit("data.blend is empty; set BLEND to PREFIX_blend.yaml of tools/preprocess_data.py")
     files = [Path(options.config), config.data.tokenizer_model]
+    remedy = "tokenize with tools/preprocess_data.py, and set BLEND, TOKENIZER_MODEL (and INIT_FROM)"
+    if config.grpo is not None:
+        files, remedy = files + config.grpo.data + config.grpo.validation, "set INIT_FROM, and DATA to a folder of tools/build_teacher_data.py"
+    elif not config.data.blend:
+        raise Unfit("data.blend is empty; set BLEND to PREFIX_blend.yaml of tools/preprocess_data.py")
     files += [Path(f"{prefix}{end}") for _, prefix in config.data.blend for end in (".bin", ".idx")]
     files += [path for path in (config.model.init_from, config.debug.load_pools and Path(f"{config.debug.load_pools}.dp0")) if path]
     missing = [path for path in files if not path.exists()]
     if missing:
-        raise Unfit(f"{', '.join(map(str, missing))} not there; tokenize with tools/preprocess_data.py, and set BLEND, TOKENIZER_MODEL (and "
-                    "INIT_FROM)")
+        raise Unfit(f"{', '.join(map(str, missing))} not there; {remedy}")
     if options.files:
         options.files.write_text("".join(f"{path.absolute()}\n" for path in files), encoding="utf-8")
     print(f"ASKS_TEACHER={int(config.asks_teacher)}\nLAST_STEP={config.train.train_iters}")

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import ConfigError, ParallelSection, RunConfig, load_config  # noqa: E402
-from megatron_sip.policy.hf_tokenizer import special_ids  # noqa: E402
+from megatron_sip.policy.hf_tokenizer import chat_ids, special_ids  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,7 +34,8 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT_DIR", help="an iter_… folder of a run")
     parser.add_argument("--from-hf", type=Path, metavar="HF_DIR", help="a Hugging Face Llama in safetensors")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
-    parser.add_argument("--tokenizer-model", type=Path, help="sentencepiece model (default: the run's, or HF_DIR/tokenizer.model)")
+    parser.add_argument("--tokenizer-model", type=Path,
+                        help="sentencepiece model, or a teacher's Hugging Face folder (default: the run's, or HF_DIR/tokenizer.model)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are)")
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.from_hf is None):
@@ -62,9 +63,10 @@ def export(checkpoint: Path, output: Path, tokenizer_model: Path | None, dtype: 
     config, meta = _read_checkpoint(checkpoint)
     vocab_size = meta["vocab_size"]
     tokenizer = tokenizer_model or config.data.tokenizer_model
-    if not tokenizer.is_file():
-        raise ConfigError(f"tokenizer {tokenizer} does not exist; give the run's sentencepiece model with --tokenizer-model")
-    special_ids(tokenizer, vocab_size)
+    if not tokenizer.exists():
+        raise ConfigError(f"tokenizer {tokenizer} does not exist; give the run's sentencepiece model (of a teacher: the Hugging Face folder that "
+                          "it was started from) with --tokenizer-model")
+    (chat_ids if tokenizer.is_dir() else special_ids)(tokenizer, vocab_size)
 
     # Imported late: Megatron takes seconds, bad arguments should not.
     from megatron.core import dist_checkpointing

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sip.config import RunConfig
-from megatron_sip.policy.hf_tokenizer import special_ids, write_tokenizer
+from megatron_sip.policy.hf_tokenizer import CHAT_FILES, chat_ids, special_ids, write_tokenizer
 from megatron_sip.policy.weights import check_hf_shapes, hf_shapes
 
 _SHARD_BYTES = 5 * 2**30
@@ -62,7 +62,8 @@ def save_hf_folder(folder: Path, state: Mapping[str, Tensor], config: RunConfig,
 
     Args:
         state: the whole model under Hugging Face's names, as ``gather_hf_state`` or ``hf_views`` return it.
-        tokenizer_model: sentencepiece model to put beside the weights.
+        tokenizer_model: sentencepiece model to put beside the weights; or a Hugging Face folder, whose tokenizer, chat template and generation
+            settings are put there as they are.
         dtype: of the written tensors (default: as they are).
 
     Raises:
@@ -74,7 +75,10 @@ def save_hf_folder(folder: Path, state: Mapping[str, Tensor], config: RunConfig,
     description = hf_config(config, vocab_size)
     written = dtype or next(iter(state.values())).dtype
     description["dtype"] = str(written).removeprefix("torch.")
-    if tokenizer_model is not None:
+    chat = tokenizer_model is not None and tokenizer_model.is_dir()
+    if chat:
+        description |= chat_ids(tokenizer_model, vocab_size)
+    elif tokenizer_model is not None:
         description |= special_ids(tokenizer_model, vocab_size)
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -84,7 +88,11 @@ def save_hf_folder(folder: Path, state: Mapping[str, Tensor], config: RunConfig,
         _write_json(aside / "config.json", description)
         ids = {key: description[key] for key in ("bos_token_id", "eos_token_id") if description[key] is not None}
         _write_json(aside / "generation_config.json", ids)
-        if tokenizer_model is not None:
+        if chat:
+            for name in CHAT_FILES:
+                if (tokenizer_model / name).exists():
+                    shutil.copyfile(tokenizer_model / name, aside / name)
+        elif tokenizer_model is not None:
             write_tokenizer(aside, tokenizer_model)
         mode = (aside / "config.json").stat().st_mode
         for path in aside.iterdir():

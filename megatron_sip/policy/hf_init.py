@@ -94,6 +94,19 @@ def model_settings(folder: HfFolder) -> dict[str, Any]:
     return settings
 
 
+def with_shape_of(config: RunConfig, folder: HfFolder) -> RunConfig:
+    """``config`` with the ``model:`` section that fits a folder.
+
+    Raises:
+        ConfigError: see :func:`model_settings`; or the model reads less than a sequence of the run.
+    """
+    settings = model_settings(folder)
+    if settings["max_position_embeddings"] < config.seq_length:
+        raise ConfigError(f"{folder.folder} reads {settings['max_position_embeddings']} tokens, grpo.prompt_length + grpo.answer_length are "
+                          f"{config.seq_length}; lower them")
+    return config.model_copy(update={"model": config.model.model_copy(update=settings)})
+
+
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     scaling = hf.get("rope_scaling") or {}
     return {"rope_theta": hf.get("rope_theta", 10000.0), "rope_type": scaling.get("rope_type", scaling.get("type", "default")),

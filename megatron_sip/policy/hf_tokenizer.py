@@ -27,6 +27,27 @@ _PROBES = ("Hello world", " leading space", "  two  spaces \n\n tab\tend ", "caf
            *(f"a{char * run}b{char * run}" for char in " \n\t" for run in range(2, 65)))
 
 
+# What of a post-trained model's folder its tokenizer consists of; the last one names the tokens that end an answer.
+CHAT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+              "generation_config.json")
+
+
+def chat_ids(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Begin, end and padding token ids as ``config.json`` of a Hugging Face folder has them.
+
+    Raises:
+        ConfigError: it cannot be read, or its vocabulary is not ``vocab_size``.
+    """
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = described["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}/config.json cannot be read: {type(error).__name__}: {error}") from None
+    if found != vocab_size:
+        raise ConfigError(f"{folder} has a vocabulary of {found}, the model one of {vocab_size}; give the folder that the model was started from")
+    return {name: described.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def special_ids(tokenizer_model: Path, vocab_size: int) -> dict[str, int | None]:
     """Begin, end and padding token ids, None where the model has none.
 

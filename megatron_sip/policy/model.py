@@ -318,10 +318,10 @@ def _like(policy: Policy) -> Policy:
 
 def make_reference(policy: Policy, config: RunConfig) -> Policy | None:
     """Give the policy a reference with its current weights, if the objective wants one; collective over all ranks."""
-    if config.objective.reference == "none" or config.objective.dpo_weight == 0:
-        policy.set_reference(None)
-    else:
+    if config.has_reference:
         policy.sync_reference()
+    else:
+        policy.set_reference(None)
     return policy.reference
 
 

@@ -76,6 +76,17 @@ SECTIONS = (
               "Sums over suffix tokens. Both falling while the gap grows is DPO lowering everything: the NLL term should hold the chosen up.",
               "nats per suffix"),
     )),
+    Section("Does the teacher in training earn more?", (
+        Chart("Reward", (("reward", "answers of the step"), ("eval/reward", "held out")),
+              "Mean reward; of a judge: share of right verdicts, 0.5 is chance. Held-out samples are those of one sampled answer each.", scale="share"),
+        Chart("Groups without a gradient", (("grpo/uniform", "all rewards equal"), ("grpo/no_reward", "fewer than two rewards")),
+              "Equal rewards teach nothing. Near 1 with a high reward it is done; with a low one it always says the same.", "share of groups", scale="share"),
+        Chart("Answers", (("answer/unusable", "not in the form asked for"), ("answer/truncated", "cut off"), ("answer/no_reward", "reward not known")),
+              "Unusable answers earn 0 and should vanish first; unknown rewards come from a judge that does not answer.", "share", scale="rate"),
+        Chart("Length of answers", (("answer/length", "tokens"),), "A fall to almost nothing is reasoning given up; a rise to the limit is rambling.", "tokens"),
+        Chart("GRPO drift", (("grpo/kl", "KL estimate"), ("grpo/clipped", "clipped tokens")),
+              "Distance from the reference, in nats per token, and the share of tokens whose ratio was clipped: 0 while answers are of the weights that train on them."),
+    )),
     Section("Who wins the pools?", (
         Chart("Source of the chosen", (("chosen/original", "original"), ("chosen/rewrite", "rewrite"), ("chosen/rollout", "rollout"),
                                        ("chosen/rollout_chance", "rollout, by chance")),

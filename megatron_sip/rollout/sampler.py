@@ -70,9 +70,15 @@ class InProcessEngine:
         self._version = version
 
     def generate(
-        self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int
+        self, prefixes: Sequence[Sequence[int]], num_rollouts: int, *, seeds: Sequence[int], max_tokens: int,
+        allowed: Sequence[Sequence[int]] | None = None
     ) -> list[list[Rollout]]:
-        """See :meth:`RolloutEngine.generate`."""
+        """See :meth:`RolloutEngine.generate`.
+
+        Args:
+            allowed: of each prefix the only tokens that its rollouts may have, the same number for every prefix; ``logprobs`` stay those of the
+                whole vocabulary.
+        """
         decoder = self._decoder
         if decoder is None:
             raise RolloutError("no weights yet: call sync before generate")
@@ -86,7 +92,8 @@ class InProcessEngine:
                 for row in range(0, num_rollouts, rows):
                     numbers = range(row, min(row + rows, num_rollouts))
                     uniforms = None if self._temperature == 0 else _uniforms([seeds[i] for i in chunk], numbers, max_tokens)
-                    written = self._decode(decoder, [prefixes[i] for i in chunk], len(numbers), uniforms, max_tokens)
+                    only = None if allowed is None else torch.tensor([list(allowed[i]) for i in chunk], device=decoder.device)
+                    written = self._decode(decoder, [prefixes[i] for i in chunk], len(numbers), uniforms, max_tokens, only)
                     for index, new in zip(chunk, written):
                         rollouts[index] += new
         return rollouts
@@ -96,7 +103,7 @@ class InProcessEngine:
         self._decoder = None
 
     def _decode(
-        self, decoder: LlamaDecoder, prefixes: Sequence[Sequence[int]], num_rows: int, uniforms: Tensor | None, max_tokens: int
+        self, decoder: LlamaDecoder, prefixes: Sequence[Sequence[int]], num_rows: int, uniforms: Tensor | None, max_tokens: int, allowed: Tensor | None
     ) -> list[list[Rollout]]:
         device, count = decoder.device, len(prefixes)
         lengths = torch.tensor([len(p) for p in prefixes])
@@ -115,7 +122,8 @@ class InProcessEngine:
         alive = torch.ones(count, num_rows, dtype=torch.bool, device=device)
         for step in range(max_tokens):
             chosen, chosen_logprobs = picker(
-                hidden.flatten(0, 1), None if uniforms is None else uniforms[where[0], where[1], step].flatten()
+                hidden.flatten(0, 1), None if uniforms is None else uniforms[where[0], where[1], step].flatten(),
+                None if allowed is None else allowed[where[0].expand_as(where[1])].flatten(0, 1),
             )
             chosen = chosen.view_as(alive)
             tokens[where[0], where[1], step] = chosen
@@ -161,10 +169,13 @@ class TokenPicker:
             None  # [rows, V rounded up to blocks] float32; a fresh one a step would cost more than the softmax
         )
 
-    def __call__(self, hidden: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[R, hidden] and [R] float64 in [0, 1) -> tokens [R] int64, natural log-probabilities at temperature 1 [R] float32."""
+    def __call__(self, hidden: Tensor, uniforms: Tensor | None, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[R, hidden], [R] float64 in [0, 1) and, where not every token may come, the ones that may, [R, C] int64 -> tokens [R] int64, natural
+        log-probabilities at temperature 1 in the whole vocabulary [R] float32."""
         logits = self._logits(hidden)
         vocab = self._output.shape[0]
+        if allowed is not None:
+            return self._among(logits[:, :vocab], uniforms, allowed)
         peak, best = logits[:, :vocab].max(-1, keepdim=True)
         logits[:, :vocab].sub_(peak)
         if self._temperature == 0 or uniforms is None:
@@ -182,6 +193,18 @@ class TokenPicker:
         # exp, then log: the difference from the logit itself is one float32 rounding
         shifted = weights.gather(1, tokens[:, None]).squeeze(1).double().log() * divisor
         return tokens, (shifted - mass.log()).float()
+
+    def _among(self, logits: Tensor, uniforms: Tensor | None, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        few = logits.gather(1, allowed).double()
+        if self._temperature == 0 or uniforms is None:
+            place = few.argmax(-1, keepdim=True)
+        else:
+            weights = (few / self._temperature).softmax(-1)
+            if self._top_p < 1:
+                _keep_nucleus(weights, self._top_p)
+            ends = weights.cumsum(-1)
+            place = (ends <= (uniforms * _BELOW_ONE)[:, None] * ends[:, -1:]).sum(-1, keepdim=True)
+        return allowed.gather(1, place).squeeze(1), (few.gather(1, place).squeeze(1) - logits.logsumexp(-1).double()).float()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         rows, vocab = hidden.shape[0], self._output.shape[0]

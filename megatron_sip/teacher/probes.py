@@ -66,7 +66,7 @@ def passage(documents: list[list[str]], words: int, rng: random.Random, model: B
     noise = [" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789.,;", k=rng.randint(1, 9))) for _ in real]
     near = [rng.choice(other) if i % 10 == 4 else piece for i, piece in enumerate(prefix)]
     texts = {
-        "real": real, "words shuffled": rng.sample(real, len(real)), "sentences shuffled": _shuffle_sentences(real, rng),
+        "real": real, "words shuffled": rng.sample(real, len(real)), "sentences shuffled": shuffle_sentences(real, rng),
         "off topic": other[there : there + words], "repeated": (real[:20] * words)[:words], "garbage": noise,
         "insult inserted": [*real[:half], INSULT, *real[half:]], "prefix copied": prefix, "copied from its middle": prefix[half:] + prefix[:half],
         "nearly copied": near, "half copied": real[:half] + prefix[half:], "quarter copied": real[: words - quarter] + prefix[words - quarter :],
@@ -80,7 +80,7 @@ def passage(documents: list[list[str]], words: int, rng: random.Random, model: B
     return "".join(prefix).lstrip(), {name: "".join(some) for name, some in texts.items()}
 
 
-def _shuffle_sentences(pieces: list[str], rng: random.Random) -> list[str]:
+def shuffle_sentences(pieces: list[str], rng: random.Random) -> list[str]:
     """Clauses, as set apart by punctuation, in another order."""
     clauses: list[list[str]] = [[]]
     for piece in pieces:

@@ -25,7 +25,7 @@ PLACEHOLDERS = {
     "factuality": ("prefix", "reference", "candidate"),
     "rewrite": ("suffix",),
 }
-OPTIONAL = {"rewrite": ("prefix", "words")}
+OPTIONAL = {"rewrite": ("prefix", "words", "lead")}
 CHOICES = {"quality": ("A", "B"), "safety": ("yes", "no"), "factuality": ("none", "possible", "definite")}
 
 # <|...|> and its full-width form, <s>, [INST], <<SYS>>, <start_of_turn>, <think>, ...: what chat templates are made of.

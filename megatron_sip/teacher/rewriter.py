@@ -22,6 +22,7 @@ import re
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from megatron_sip.config import RewriterSection
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 _HALF_WORD = re.compile(r"\S{1,40}(?!\S)")  # no longer: a script without spaces has no half words
 _ECHO = 12  # characters of the prefix's end that count as an echo
+_LEAD = 5  # words of the prefix that may be put before the suffix
 _INSTRUCTION = 7  # words in a row that an answer has from the instruction
 _QUOTES = {'"': '"', "“": "”", "«": "»", "'": "'", "‘": "’"}
 _REFUSAL = re.compile(r"(?:i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e|i can(?:no|['’])t|i (?:am|['’]m) (?:not able|unable)|i will not|i won['’]t|"
@@ -69,16 +71,14 @@ class Rewriter:
         return kept + written
 
     async def _ask(self, prefix: str, suffix: str) -> str | None:
-        fence = make_fence([prefix, suffix])
-        prompt = fill(self._template, fence, prefix=prefix, suffix=suffix.strip(), words=str(len(suffix.split())))
+        prompt, fence = rewrite_prompt(self._template, prefix, suffix)
 
         def body(replica: Replica) -> dict[str, Any]:
             return {"model": self._model, "messages": [{"role": "user", "content": prompt}], "temperature": self._section.temperature,
                     "top_p": self._section.top_p, "max_tokens": self._section.max_tokens}
 
         def read(data: Any, replica: Replica) -> str:
-            answer = content(data)
-            return "\n".join(line for line in answer.split("\n") if fence not in line)
+            return without_fence(content(data), fence)
 
         return await self._fleet.ask("rewrite", "/chat/completions", body, read)
 
@@ -89,6 +89,19 @@ class Rewriter:
 
     def close(self) -> None:
         self._cache.close()
+
+
+def rewrite_prompt(template: Template, prefix: str, suffix: str) -> tuple[str, str]:
+    """The prompt that asks for a rewrite of ``suffix``, and its fence. ``${lead}``, the last words of the prefix, lets a rewriter begin in the
+    middle of the passage that it repeats."""
+    fence = make_fence([prefix, suffix])
+    lead = " ".join(prefix.split()[-_LEAD:])
+    return fill(template, fence, prefix=prefix, suffix=suffix.strip(), words=str(len(suffix.split())), lead=lead), fence
+
+
+def without_fence(answer: str, fence: str) -> str:
+    """``answer`` without our own fence lines."""
+    return "\n".join(line for line in answer.split("\n") if fence not in line)
 
 
 def content(data: Any) -> str:

@@ -1,6 +1,6 @@
 """Judged microbatches from the lead of a model replica to its other ranks.
 
-In: outcomes on the lead. Out: the same :class:`Microbatch`, in the same order, on every rank of the replica.
+In: outcomes on the lead. Out: the same microbatches (:class:`Microbatch` or :class:`Answers`), in the same order, on every rank of the replica.
 
 Pipeline stages ask for microbatch i at different times, so a collective would make an early stage wait for a late one
 and, with the activations going the other way, both for ever. Messages therefore lie in the process group's key-value
@@ -9,12 +9,17 @@ store: the lead posts and goes on, the others wait for their key, with a deadlin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from torch.distributed import Store
 
+from megatron_sip.training.answers import Answers
 from megatron_sip.training.microbatch import Microbatch
+
+Batch = TypeVar("Batch", Microbatch, Answers)
 
 
 class Exchange:
@@ -32,7 +37,7 @@ class Exchange:
         self._store, self._replica, self._peers, self._lead = store, replica, peers, lead
         self._timeout, self._where = timeout, where
 
-    def microbatches(self, name: str, count: int, make: Callable[[], Microbatch] | None) -> Iterator[Microbatch]:
+    def microbatches(self, name: str, count: int, make: Callable[[], Batch] | None, kind: type[Batch] = Microbatch) -> Iterator[Batch]:
         """``count`` microbatches of the phase ``name`` (unique in the run); ``make`` is called on the lead only.
 
         Raises:
@@ -46,7 +51,17 @@ class Exchange:
                     self._store.set(key, microbatch.to_bytes())
                 yield microbatch
             else:
-                yield Microbatch.from_bytes(self._receive(key, f"microbatch {i} of {name}"))
+                yield kind.from_bytes(self._receive(key, f"microbatch {i} of {name}"))
+
+    def tell(self, name: str, value: Any) -> Any:
+        """What the lead says about the phase ``name`` (JSON), on every rank of the replica.
+
+        Raises:
+            TimeoutError: the lead said nothing within the deadline.
+        """
+        if self._lead and self._peers:
+            self._store.set(f"told/{name}/{self._replica}", json.dumps(value))
+        return value if self._lead else json.loads(self._receive(f"told/{name}/{self._replica}", name))
 
     def _receive(self, key: str, what: str) -> bytes:
         try:

@@ -15,10 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sip.pool import Dropped, PairId, Preference
 from megatron_sip.training.jsonl import JsonLines, cut, read_jsonl
+
+if TYPE_CHECKING:
+    from megatron_sip.training.answers import Group
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Ledger:
                 if int(file.stem.removeprefix("dp")) >= replicas:
                     cut(file, last_step)
 
-    def write(self, step: int, first: int, pairs: Sequence[PairId], outcomes: Iterable[Preference | Dropped], *, skipped: bool) -> None:
+    def write(self, step: int, first: int, pairs: Sequence[PairId], outcomes: Iterable[Preference | Dropped | Group], *, skipped: bool) -> None:
         """Note a step. ``pairs`` are the replica's share in the order of the data, the first at position ``first``."""
         fates = {outcome.pair: "skipped" if skipped else _fate(outcome) for outcome in outcomes}
         datasets = sorted({pair.dataset for pair in pairs})
@@ -94,7 +97,9 @@ def check(entries: Iterable[Entry], batch: int) -> list[str]:
     return problems
 
 
-def _fate(outcome: Preference | Dropped) -> str:
+def _fate(outcome: Preference | Dropped | Group) -> str:
+    if hasattr(outcome, "fate"):  # a group of answers
+        return outcome.fate
     if isinstance(outcome, Dropped):
         return outcome.reason
     return "tie" if outcome.tie else "trained"

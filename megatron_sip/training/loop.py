@@ -33,7 +33,7 @@ from megatron_sip.policy.optimizer import build_optimizer
 from megatron_sip.policy.weights import load_init
 from megatron_sip.training import checkpoint as checkpoints
 from megatron_sip.training import checkpoint_files, guard
-from megatron_sip.training.bank import Bank, Replay
+from megatron_sip.training.bank import Bank, Page, Replay
 from megatron_sip.training.checkpoint import Progress, Saver
 from megatron_sip.training.checkpoint_files import CheckpointError
 from megatron_sip.training.guard import StepReport, Verdict
@@ -138,13 +138,16 @@ class Trainer:
             load_init(self.policy, config, config.model.init_from)
         self.model = wrap_ddp(self.policy, config)
         self.optimizer, self.scheduler = build_optimizer(config, self.model)
-        self.schedule = Schedule(config, self.runtime, self.policy, self.model, self.optimizer)
+        self.schedule = self._make_schedule()
         self.saver = Saver(config, self.runtime, self.policy, self.optimizer, self.scheduler, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
         parameters = torch.tensor(sum(p.numel() for p in self.policy.parameters()), dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(parameters)
         parallel, context = config.parallel, config.parallel.context_parallel_size
         self._say(f"policy: {int(parameters) // (self.runtime.dp_size * context) / 1e6:.1f} M parameters on {self.runtime.world_size} ranks "
                   f"(TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size} x CP{context} x DP{self.runtime.dp_size})")
+
+    def _make_schedule(self) -> Schedule:
+        return Schedule(self.config, self.runtime, self.policy, self.model, self.optimizer)
 
     def _open_data(self) -> None:
         config = self.config
@@ -253,12 +256,15 @@ class Trainer:
         # With other ranks around, the lead must not wait longer than they do.
         patience = _MARGIN * self.runtime.timeout.total_seconds() if self.runtime.world_size > 1 else float("inf")
         page = self.bank.page(step) if self.bank is not None and plan.asks else None
-        stream = StepStream(self.config, step, plan, self._pairs_of(step), self.services.for_stream, page, patience, self._stopping)
+        stream = self._make_stream(step, plan, page, patience)
         if self.replay is None:
             stream.start()
         else:
             stream.hand_out([Judged(self.replay.outcome(step, pair.id)) for pair in stream.pairs])
         return stream
+
+    def _make_stream(self, step: int, plan: StepPlan, page: Page | None, patience: float) -> StepStream:
+        return StepStream(self.config, step, plan, self._pairs_of(step), self.services.for_stream, page, patience, self._stopping)
 
     def _pairs_of(self, step: int) -> list[Pair]:
         """This replica's share of a step to come: a contiguous slice, fixed by the cursor."""
@@ -337,7 +343,7 @@ class Trainer:
 
     def _sync_reference(self, step: int, plan: StepPlan) -> None:
         """Make the reference when it is first needed, and copy the policy into a synced one every n steps."""
-        if not plan.paired or self.config.objective.reference == "none":
+        if not plan.referenced or not self.config.has_reference:
             return
         since = step - 1 - self.config.pool.rollouts_start_step
         due = self.config.objective.reference == "synced" and since % self.config.objective.reference_sync_interval == 0

@@ -26,6 +26,10 @@ from megatron_sip.training.stream import Judged
 _DENOMINATOR = {
     "loss": "n/loss", "loss/nll": "n/valid", "loss/dpo": "n/preferred", "dpo/margin": "n/preferred", "dpo/accuracy": "n/preferred",
     "dpo/chosen_logp": "n/preferred", "dpo/rejected_logp": "n/preferred", "dpo/kl": "n/preferred",
+    **{f"grpo/{name}": "n/groups" for name in ("uniform", "no_reward")},
+    **{f"grpo/{name}": "n/trained_tokens" for name in ("clipped", "kl", "answer_nll")},
+    **{f"answer/{name}": "n/answers" for name in ("length", "truncated", "unusable", "no_reward")},
+    "reward": "n/rewarded", "eval/reward": "n/eval_rewarded",
     "rollout/logprob_diff": "n/rollout_tokens", "score/spread": "n/scored", "pool/tie_rate": "n/pooled",
     "pool/dropped_rate": "n/pairs", **{f"rollout/{name}": "n/rollouts" for name in ("length", "repetition", "distinct_1", "distinct_2", "prefix_overlap", "staleness")},
     **{f"{side}/{what}": "n/decided" for side in ("chosen", "rejected") for what in (ORIGINAL, REWRITE, ROLLOUT, "rollout_chance")},
@@ -168,7 +172,7 @@ class MetricsWriter:
         total, seconds = self._config.train.train_iters, statistics.median(self._step_times)
         parts = [f"step {step}/{total}", f"loss {m['loss']:.4f}" if "loss" in m else "loss -"]
         parts += [f"{name} {m[key]:.{digits}f}" for name, key, digits in (
-            ("nll", "loss/nll", 4), ("dpo", "loss/dpo", 4), ("margin", "dpo/margin", 3), ("eval", "eval/suffix_nll", 4)) if key in m]
+            ("reward", "reward", 3), ("held out", "eval/reward", 3), ("nll", "loss/nll", 4), ("dpo", "loss/dpo", 4), ("margin", "dpo/margin", 3), ("eval", "eval/suffix_nll", 4)) if key in m]
         parts.append(f"grad {m['grad_norm']:.3f}" if "grad_norm" in m else "no update")
         if "chosen/rollout" in m:
             parts.append(f"chosen: rollout {m['chosen/rollout']:.0%} (chance {m['chosen/rollout_chance']:.0%})")

@@ -12,37 +12,21 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 
-from megatron_sip.objective.blend import LossInputs
+from megatron_sip.config import RunConfig
+from megatron_sip.objective.blend import LossInputs, blend_loss
 from megatron_sip.pool import Candidate, Dropped, Preference
 
 
 @dataclass(frozen=True)
-class Microbatch:
-    """Arrays of B pairs; rows are B chosen sequences, then B rejected ones if ``paired``.
-
-    Attributes:
-        tokens: int64 [rows, S].
-        suffix_mask: float32 [rows, S], 1 where the label is a suffix token.
-        nll_mask: float32 [B, S].
-        engine_logprobs: float32 [rows, S], NaN where no engine reported one.
-        valid, preferred: bool [B], see :class:`LossInputs`.
-    """
+class Arrays:
+    """Arrays of sequences that can cross processes as bytes; the fields of a subclass are its arrays."""
 
     tokens: np.ndarray
-    suffix_mask: np.ndarray
-    nll_mask: np.ndarray
-    engine_logprobs: np.ndarray
-    valid: np.ndarray
-    preferred: np.ndarray
-
-    @property
-    def paired(self) -> bool:
-        return self.tokens.shape[0] == 2 * self.valid.shape[0]
 
     def to_bytes(self) -> bytes:
         """Plain arrays in numpy's own container (no pickle)."""
@@ -51,7 +35,7 @@ class Microbatch:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Microbatch:
+    def from_bytes(cls, data: bytes) -> Self:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return cls(**{f.name: arrays[f.name] for f in fields(cls)})
 
@@ -62,6 +46,33 @@ class Microbatch:
         labels[:, :-1] = tokens[:, 1:]
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         return {"tokens": tokens, "labels": labels, "position_ids": positions, "attention_mask": None}
+
+
+@dataclass(frozen=True)
+class Microbatch(Arrays):
+    """Arrays of B pairs; rows are B chosen sequences, then B rejected ones if ``paired``.
+
+    Attributes:
+        tokens: int64 [rows, S].
+        suffix_mask: float32 [rows, S], 1 where the label is a suffix token.
+        nll_mask: float32 [B, S].
+        engine_logprobs: float32 [rows, S], NaN where no engine reported one.
+        valid, preferred: bool [B], see :class:`LossInputs`.
+    """
+
+    suffix_mask: np.ndarray
+    nll_mask: np.ndarray
+    engine_logprobs: np.ndarray
+    valid: np.ndarray
+    preferred: np.ndarray
+
+    @property
+    def paired(self) -> bool:
+        return self.tokens.shape[0] == 2 * self.valid.shape[0]
+
+    def loss(self, token_ce: torch.Tensor, config: RunConfig, has_reference: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What Megatron's schedule calls on the last stage: see :func:`blend_loss`."""
+        return blend_loss(token_ce, self.loss_inputs(token_ce.device), config.objective, has_reference)
 
     def loss_inputs(self, device: torch.device) -> LossInputs:
         def move(array: np.ndarray) -> torch.Tensor:

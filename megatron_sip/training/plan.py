@@ -15,6 +15,7 @@ class StepPlan:
         rollouts: K of this step.
         judged: the pools go to the judge.
         paired: the loss needs a rejected candidate beside the chosen one.
+        referenced: the loss needs the reference's log-probabilities, where the run has a reference.
         nll_on: which tokens of the chosen sequence carry NLL: ``suffix`` or ``all``.
     """
 
@@ -23,6 +24,7 @@ class StepPlan:
     rollouts: int
     judged: bool
     paired: bool
+    referenced: bool
     nll_on: str
 
     @property
@@ -34,12 +36,16 @@ class StepPlan:
 def plan_step(config: RunConfig, step: int) -> StepPlan:
     """Plan of the ``step``-th step (1-based). Steps before the rollouts start are plain next-token prediction."""
     pool = config.pool
+    if config.grpo is not None:
+        return StepPlan(original=False, rewrite=False, rollouts=pool.rollouts, judged=False, paired=False, referenced=config.has_reference,
+                        nll_on="suffix")
     if step <= pool.rollouts_start_step:
-        return StepPlan(original=True, rewrite=False, rollouts=0, judged=False, paired=False, nll_on="all")
+        return StepPlan(original=True, rewrite=False, rollouts=0, judged=False, paired=False, referenced=False, nll_on="all")
     rollouts = pool.rollouts
     if rollouts > 1 and pool.rollouts_ramp_steps:
         progress = min(1.0, (step - pool.rollouts_start_step) / pool.rollouts_ramp_steps)
         rollouts = 1 + int((rollouts - 1) * progress)
     size = pool.original + pool.rewrite + rollouts
-    return StepPlan(pool.original, pool.rewrite, rollouts, judged=size > 1 and pool.selection == "judge",
-                    paired=size > 1 and config.objective.dpo_weight > 0, nll_on=config.objective.nll_on)
+    paired = size > 1 and config.objective.dpo_weight > 0
+    return StepPlan(pool.original, pool.rewrite, rollouts, judged=size > 1 and pool.selection == "judge", paired=paired, referenced=paired,
+                    nll_on=config.objective.nll_on)

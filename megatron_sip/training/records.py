@@ -77,7 +77,7 @@ class Records:
         """
         mine = dict(sums)
         if stream is not None:
-            mine |= pool_sums(stream.judged, step)
+            mine |= self._sums(stream, step)
             mine["pool/from_bank"] = stream.from_bank
         gathered: list[Any] = [None] * self._runtime.world_size
         dist.all_gather_object(gathered, mine)
@@ -91,31 +91,45 @@ class Records:
         if merged.get("eval n/valid"):
             metrics["eval/suffix_nll"] = merged["eval loss/nll"] / merged["eval n/valid"]
         times = sum(value for key, value in own.items() if key.startswith("time/"))
-        train = self._config.train
         metrics |= {"lr": lr, "consumed_pairs": self._progress.consumed_pairs, **own, **asked, "time/other": max(0.0, seconds - times),
-                    "time/save": stalled, "time/step": seconds, "tokens_per_second": train.global_batch_size * self._config.seq_length / seconds}
+                    "time/save": stalled, "time/step": seconds, "tokens_per_second": self._tokens(merged) / seconds}
         if self._progress.bad_steps:
             metrics["guard/skipped"] = 1.0
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self._writer.write(step, metrics)
-        for item in [item for item in stream.judged if item.pool is not None][: self._config.log.audit_pools]:
-            self._audit.write(audit_record(step, item))
+        for record in self._to_audit(stream, step):
+            self._audit.write(record)
         self._audit.flush()
         self._progress.wall = self._writer.wall
         return self._health.look(step, metrics)
 
     def suspects(self, step: int, verdict: Verdict, stream: StepStream | None) -> None:
         """Pairs of a bad step to audit.jsonl; all ranks call it."""
-        size, mine = self._config.train.micro_batch_size, []
+        mine = []
         if stream is not None:
             for number in verdict.suspects.get(self._runtime.dp_rank, []):
-                mine += [_suspect(step, item, verdict.problem) for item in stream.judged[number * size : (number + 1) * size]]
+                mine += [_suspect(step, item, verdict.problem) for item in self._trained_in(stream, number)]
         gathered: list[Any] = [None] * self._runtime.world_size
         dist.all_gather_object(gathered, mine)
         if self._audit is not None:
             for record in (record for part in gathered for record in part):
                 self._audit.write(record)
             self._audit.flush(durable=True)
+
+    def _sums(self, stream: StepStream, step: int) -> dict[str, float]:
+        return pool_sums(stream.judged, step)
+
+    def _tokens(self, merged: dict[str, float]) -> float:
+        return self._config.train.global_batch_size * self._config.seq_length
+
+    def _to_audit(self, stream: StepStream, step: int) -> list[dict[str, Any]]:
+        pools = [item for item in stream.judged if item.pool is not None]
+        return [audit_record(step, item) for item in pools[: self._config.log.audit_pools]]
+
+    def _trained_in(self, stream: StepStream, number: int) -> list[Judged]:
+        """What the microbatch ``number`` of a step was made of."""
+        size = self._config.train.micro_batch_size
+        return stream.judged[number * size : (number + 1) * size]
 
     def sync(self) -> None:
         """Bring everything to the disk, before a checkpoint that says it is there."""

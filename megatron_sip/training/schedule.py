@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_sip.config import RunConfig
 from megatron_sip.data.pairs import Pair, Pairs
-from megatron_sip.objective.blend import blend_loss
 from megatron_sip.policy.model import DataParallel, Policy, finalize_gradients
 from megatron_sip.policy.runtime import Runtime
 from megatron_sip.policy.shared_prefix import packed_length
 from megatron_sip.pool import ORIGINAL, Candidate, Dropped, Preference
+from megatron_sip.training.answers import Answers
 from megatron_sip.training.exchange import Exchange
 from megatron_sip.training.metrics import merge_sums
 from megatron_sip.training.microbatch import Microbatch, collate
@@ -58,7 +58,7 @@ class Schedule:
             take: gives the next n outcomes; on the lead only.
         """
         train, data = self._config.train, self._config.data
-        self._policy.reference_active = plan.paired and self._policy.reference is not None
+        self._policy.reference_active = plan.referenced and self._policy.reference is not None
         self.drop_gradients()
 
         def make() -> Microbatch:
@@ -97,30 +97,40 @@ class Schedule:
         self._model.train()
         return {f"eval {key}": value for key, value in merge_sums(parts).items() if key in ("loss/nll", "n/valid")}
 
-    def _run(self, batches: Iterator[Microbatch], count: int, *, paired: bool, forward_only: bool) -> list[dict[str, float]]:
-        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only)
+    def _run(self, batches: Iterator[Microbatch | Answers], count: int, *, paired: bool, forward_only: bool,
+             length: int | None = None) -> list[dict[str, float]]:
+        parts = forward_backward(self._config, self._runtime, self._policy, self._model, batches, count, paired=paired, forward_only=forward_only,
+                                 length=length)
         return [{key: value.item() for key, value in part.items()} for part in parts]
 
 
-def forward_backward(config: RunConfig, runtime: Runtime, policy: Policy, model: DataParallel, batches: Iterator[Microbatch], count: int,
-                     *, paired: bool, forward_only: bool) -> list[dict[str, Tensor]]:
-    """Run ``count`` microbatches of ``train.micro_batch_size`` pairs (``paired``) or chosen sequences; every rank of the replica calls it.
+def forward_backward(config: RunConfig, runtime: Runtime, policy: Policy, model: DataParallel, batches: Iterator[Microbatch | Answers], count: int,
+                     *, paired: bool, forward_only: bool, length: int | None = None) -> list[dict[str, Tensor]]:
+    """Run ``count`` microbatches of ``train.micro_batch_size`` pairs (``paired``), chosen sequences or answers; every rank of the replica calls it.
+
+    Args:
+        length: of their sequences, where it is not the configuration's.
 
     Returns:
-        Per microbatch the sums of :func:`blend_loss`; empty but on the last pipeline stage. Tensor and context parallel ranks
+        Per microbatch the sums of its loss; empty but on the last pipeline stage. Tensor and context parallel ranks
         of that stage return the same.
     """
     device, has_reference, data, parallel = runtime.device, policy.reference_active, config.data, config.parallel
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    rows, length = config.train.micro_batch_size * (2 if paired else 1), config.seq_length
+    rows, length = config.train.micro_batch_size * (2 if paired else 1), length or config.seq_length
     if paired and policy.shares_prefix:
         rows, length = config.train.micro_batch_size, packed_length(data.prefix_length, data.suffix_length, multiple)
 
-    def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module):
+    def forward_step(iterator: Iterator[Microbatch | Answers], chunk: torch.nn.Module):
         batch = next(iterator)
-        inputs = packed_inputs(batch, data.prefix_length, data.suffix_length, multiple, device) if policy.shares_prefix else batch.model_inputs(device)
+        if not policy.shares_prefix:
+            inputs = batch.model_inputs(device)
+        elif isinstance(batch, Answers):
+            inputs = batch.needed_inputs(device)
+        else:
+            inputs = packed_inputs(batch, data.prefix_length, data.suffix_length, multiple, device)
         token_ce = chunk(**inputs)
-        return token_ce, partial(blend_loss, inputs=batch.loss_inputs(device), objective=config.objective, has_reference=has_reference)
+        return token_ce, partial(batch.loss, config=config, has_reference=has_reference)
 
     chunks = list(model)
     iterators = list(itertools.tee(batches, len(chunks)))  # every chunk of a rank sees every microbatch

@@ -157,7 +157,10 @@ class StepStream:
             else:
                 self._early[index] = result
         index = min(self._left)
-        return self._out(index, Judged(Dropped(self._left[index].id, "abandoned", str(self.failure))))
+        return self._out(index, self._abandoned(self._left[index]))
+
+    def _abandoned(self, pair: Pair) -> Judged:
+        return Judged(Dropped(pair.id, "abandoned", str(self.failure)))
 
     def _out(self, index: int, judged: Judged) -> Preference | Dropped:
         del self._left[index]
@@ -222,10 +225,13 @@ class StepStream:
         return rollouts
 
     def _write(self, pairs: Sequence[Pair]) -> list[list[Rollout]]:
-        began = time.monotonic()
-        written = self.services.engine.generate(
+        return self._timed(lambda: self.services.engine.generate(
             [pair.prefix_ids for pair in pairs], self.plan.rollouts, seeds=[rollout_seed(self.config.run.seed, self.step, pair) for pair in pairs],
-            max_tokens=self.config.data.suffix_length)
+            max_tokens=self.config.data.suffix_length))
+
+    def _timed(self, generate: Callable[[], list[list[Rollout]]]) -> list[list[Rollout]]:
+        began = time.monotonic()
+        written = generate()
         self.generating += time.monotonic() - began
         return written
 

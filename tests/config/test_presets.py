@@ -23,7 +23,7 @@ def test_a_preset_loads_and_is_named_like_its_file(file: Path) -> None:
     assert check_layout(config, 1) == 1
 
 
-@pytest.mark.parametrize("name", [file.stem for file in _FILES if not file.stem.startswith("tiny")])
+@pytest.mark.parametrize("name", [file.stem for file in _FILES if not file.stem.startswith("tiny") and load_config(file).grpo is None])
 def test_large_presets_share_batch_shape_and_lengths(name: str) -> None:
     """Global batch 256, a Llama-2 shape of about 1.4 B parameters, 128 tokens to write; fits 64 ranks."""
     config = preset(name)
@@ -81,7 +81,7 @@ def test_a_preset_holds_its_numbers(name, pool, judges, weights, reference, nll_
 
 
 def test_continual_runs_start_from_weights_and_scratch_runs_do_not() -> None:
-    assert {file.stem for file in _FILES if load_config(file).model.init_from is not None} == {
+    assert {file.stem for file in _FILES if (config := load_config(file)).model.init_from is not None and config.grpo is None} == {
         "continual_quality",
         "continual_factuality",
         "continual_safety",
@@ -96,3 +96,14 @@ def test_a_twin_differs_in_nothing_but_pool_judges_and_objective(run: str, twin:
         assert getattr(first, section) == getattr(second, section), section
     assert first.run.seed == second.run.seed
     assert not second.asks_teacher and second.objective.nll_on == "all"
+
+
+@pytest.mark.parametrize(("name", "task", "judges"), [("train_judge", "judge", []), ("train_rewriter", "rewrite", [("quality", 0.5, 5), ("safety", 0.5, 5)])])
+def test_teacher_presets_hold_their_numbers(name, task, judges) -> None:
+    config = preset(name)
+    grpo, optimizer = config.grpo, config.optimizer
+    assert (config.train.global_batch_size, config.pool.rollouts, config.train.train_iters) == (256, 16, 500)
+    assert (config.rollout.temperature, config.rollout.top_p, grpo.prompt_length, grpo.answer_length) == (0.6, 0.6, 3584, 512)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style, optimizer.lr_warmup_iters) == (2e-7, 2e-7, "constant", 0)
+    assert grpo.task == task and grpo.reasoning and [(j.kind, j.weight, j.samples) for j in config.teacher.judges] == judges
+    assert config.asks_teacher == bool(judges) and not config.has_reference and check_layout(config, 64) == 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -321,3 +322,24 @@ def test_a_layout_is_allowed_exactly_when_it_divides() -> None:
             assert layout(world, *overrides) == world // (tp * pp)
         else:
             layout_refusal(world, *overrides)
+
+
+_GROUPS = {"pool": {"original": False, "rewrite": False, "rollouts": 4}}
+
+
+@pytest.mark.parametrize(("tree", "message"), [
+    ({"pool": {"rollouts": 1}}, "a group is pool.rollouts answers to one prompt"),
+    ({"grpo": {"reasoning": False}}, "grpo.answer_length=512; set it to 1"),
+    ({"grpo": {"reasoning": False, "answer_length": 1}, "rollout": {"engine": "vllm"}}, "set rollout.engine=in_process"),
+    ({"grpo": {"reasoning": False, "answer_length": 1, "dialect": "plain"}}, "unset grpo.dialect=plain"),
+    ({"grpo": {"kl_weight": 0.1}, "objective": {"reference": "none"}}, "needs objective.reference=frozen or synced"),
+    ({"grpo": {"task": "rewrite"}, "teacher": {"model": "m"}}, "teacher.judges is empty"),
+    ({"grpo": {"task": "rewrite"}, "teacher": {"model": "m", "judges": [{"kind": "likelihood"}]}}, "use quality and safety"),
+    ({"train": {"loss_spike_factor": 3.0}}, "set it to 0"),
+    ({"debug": {"train_only": True}}, "neither recorded nor replayed"),
+    ({"model": {"max_position_embeddings": 2048}}, "grpo.prompt_length + grpo.answer_length = 3584 + 512 = 4096 > model.max_position_embeddings = 2048"),
+])
+def test_what_a_teacher_run_needs(tree: dict, message: str) -> None:
+    base = {**_GROUPS, "grpo": {"task": "judge"}, "model": {"max_position_embeddings": 4096}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RunConfig.model_validate({**base, **{key: {**base.get(key, {}), **value} for key, value in tree.items()}})

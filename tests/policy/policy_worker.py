@@ -1,4 +1,4 @@
-"""Runs scenarios of ``policy_scenarios.py``, ``policy_layouts.py`` and ``policy_faults.py`` in this process, one of WORLD_SIZE;
+"""Runs scenarios of ``policy_scenarios.py``, ``policy_layouts.py``, ``policy_groups.py`` and ``policy_faults.py`` in this process, one of WORLD_SIZE;
 started by ``policy_spawn.py``, not by pytest.
 
     policy_worker.py OUTPUT_DIR SCENARIO ...
@@ -23,6 +23,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     faulthandler.dump_traceback_later(100, repeat=True)  # a process that hangs says where in its log
     import policy_faults
+    import policy_groups
     import policy_layouts
     import policy_scenarios as scenarios
 
@@ -30,7 +31,7 @@ def main() -> None:
     for name in sys.argv[2:]:
         try:
             scenarios.meet_at(str(output / f"port.{os.environ['WORLD_SIZE']}.{name}."))
-            [scenario] = [getattr(module, name) for module in (scenarios, policy_layouts, policy_faults) if hasattr(module, name)]
+            [scenario] = [getattr(module, name) for module in (scenarios, policy_layouts, policy_faults, policy_groups) if hasattr(module, name)]
             found = {"result": scenario(output), "error": None}
         except Exception:
             found = {"result": None, "error": traceback.format_exc()}

@@ -137,6 +137,27 @@ def test_sampled_distribution_is_the_exact_one(temperature, top_p):
     assert deviation < 4.5, f"chi-square {statistic:.1f} at {freedom} degrees of freedom"
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 0.8), (0.0, 1.0)])
+def test_only_allowed_tokens_with_their_exact_shares(temperature, top_p):
+    """Shares renormalised among the allowed tokens, tempered and cut; log-probabilities are those of the whole vocabulary."""
+    model, prefixes, allowed, number = make_model(), some_prefixes(7, 12), [[3, 250, 90], [8, 9, 299]], 4000
+    engine = make_engine(model, temperature=temperature, top_p=top_p, batch_size=1000)
+    for prefix, only, rollouts in zip(prefixes, allowed, engine.generate(prefixes, number, seeds=[1, 2], max_tokens=1, allowed=allowed)):
+        with torch.inference_mode():
+            logp = model(torch.tensor([prefix])).logits[0, -1].float().log_softmax(-1)
+        few = logp[torch.tensor(only)].double()
+        shares = torch.nn.functional.one_hot(few.argmax(), 3).double() if temperature == 0 else (few / temperature).softmax(-1)
+        order = shares.argsort(descending=True)
+        kept = order[: int((shares[order].cumsum(0) < top_p).sum()) + 1] if top_p < 1 else order
+        shares = torch.zeros(3, dtype=torch.float64).index_copy(0, kept, shares[kept])
+        shares /= shares.sum()
+        found = torch.tensor([sum(r.token_ids == (token,) for r in rollouts) for token in only]) / number
+        assert found.sum() == 1 and torch.all((found - shares).abs() < 4 * (shares * (1 - shares) / number).sqrt() + 1e-9), (found, shares)
+        assert all(abs(r.logprobs[0] - logp[r.token_ids[0]].item()) < 1e-5 for r in rollouts)
+    longer = engine.generate(prefixes, 3, seeds=[1, 2], max_tokens=5, allowed=allowed)
+    assert all(set(r.token_ids) <= set(only) and len(r.token_ids) == 5 for only, rollouts in zip(allowed, longer) for r in rollouts)
+
+
 def test_a_prefix_gets_the_same_rollouts_in_any_company():
     model = make_model()
     prefixes, seeds = some_prefixes(10, 31, 31, 4), [11, 12, 13, 14]

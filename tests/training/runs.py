@@ -63,7 +63,7 @@ def assert_same(metrics: dict, expected: dict, tolerance: float = 0.0) -> None:
 def assert_same_weights(run: Path, expected: Path, step: int = 6) -> None:
     """Bit for bit: model, reference, optimizer and schedule of a one-process checkpoint."""
     one, other = (torch_state(folder_of(r, step)) for r in (run, expected))
-    assert one.keys() == other.keys() and len(one) > 30
+    assert one.keys() == other.keys() and len(one) > 20
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, different
 
