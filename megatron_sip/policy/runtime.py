@@ -9,10 +9,12 @@ on a CPU, each with its reason; none is applied where CUDA is present.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import multiprocessing
 import os
+import queue
 import random
 from dataclasses import dataclass
 from datetime import timedelta
@@ -230,12 +232,41 @@ def transformer_switches() -> dict[str, Any]:
 # --------------------------------------------------------------------------- checkpoint writers
 
 
-def use_forked_results_queue() -> None:
+class WriterResults:
+    """What the forked writer of one save reports, with the part of a queue that Megatron uses.
+
+    A report of many tensors is more than a pipe holds, and the writer does not end before it is read: whoever waits for the writer calls
+    :meth:`collect` meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._pipe = multiprocessing.get_context("fork").Queue()
+        self._read: list[Any] = []
+
+    def put(self, report: Any) -> None:
+        self._pipe.put(report)
+
+    def collect(self, timeout: float = 0.0) -> None:
+        """Take what the writer sends within ``timeout`` seconds."""
+        with contextlib.suppress(queue.Empty):
+            self._read.append(self._pipe.get(timeout=timeout) if timeout else self._pipe.get_nowait())
+
+    def get_nowait(self) -> Any:
+        """The next report; queue.Empty if there is none."""
+        if not self._read:
+            self.collect()
+        if not self._read:
+            raise queue.Empty
+        return self._read.pop(0)
+
+
+def use_forked_results_queue() -> WriterResults:
     """Give the next save a queue of its own, through which its forked writer reports.
 
     Megatron's is served by a Manager, a process that takes seconds to start and that a signal to the process group ends.
     """
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
+    filesystem_async._results_queue = WriterResults()
+    return filesystem_async._results_queue
 
 
 # --------------------------------------------------------------------------- what differs between versions of Megatron-Core

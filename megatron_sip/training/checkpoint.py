@@ -37,7 +37,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sip.config import ConfigError, RunConfig, dump_config, load_config
 from megatron_sip.policy.model import Policy, make_reference, reference_sharded_state_dict
 from megatron_sip.policy.optimizer import load_optimizer_state, optimizer_sharded_state
-from megatron_sip.policy.runtime import ASYNC_SAVE, Runtime, use_forked_results_queue, written_by_newer_megatron
+from megatron_sip.policy.runtime import ASYNC_SAVE, Runtime, WriterResults, use_forked_results_queue, written_by_newer_megatron
 from megatron_sip.training import checkpoint_files as files
 from megatron_sip.training.checkpoint_files import CheckpointError
 
@@ -153,6 +153,8 @@ class Saver:
     def writing(self) -> bool:
         """This rank's writer is at work, within its deadline."""
         pending = self._pending
+        if pending is not None and pending.results is not None:
+            pending.results.collect()
         return pending is not None and pending.writer is not None and pending.writer.is_alive() and time.monotonic() < pending.deadline
 
     def begin(self, progress: Progress) -> None:
@@ -171,7 +173,7 @@ class Saver:
         pending = _Pending(final, aside, meta, time.monotonic() + 60 * config.checkpoint.timeout_minutes)
 
         def start() -> None:
-            use_forked_results_queue()
+            pending.results = use_forked_results_queue()
             pending.request = dist_checkpointing.save(state, str(aside), **ASYNC_SAVE)
             if pending.request.async_fn is None:
                 return  # this rank has nothing that another one does not write
@@ -227,13 +229,15 @@ class _Pending:
     meta: dict[str, Any]
     deadline: float
     request: Any = None
+    results: WriterResults | None = None
     writer: BaseProcess | None = None
 
     def join(self, minutes: float) -> str | None:
         """Wait for the writer; what went wrong with it."""
         if self.writer is None:
             return None
-        self.writer.join(max(0.0, self.deadline - time.monotonic()))
+        while self.writer.is_alive() and time.monotonic() < self.deadline:
+            self.results.collect(timeout=0.05)
         if self.writer.is_alive():
             self.kill()
             return f"its writer did not end within checkpoint.timeout_minutes={minutes:g}"

@@ -16,7 +16,7 @@ from megatron_sip.training.jsonl import read_jsonl
 from megatron_sip.training.ledger import read_ledger
 from tests.training.runs import assert_same_weights, execute, finish
 from tests.training.scripted_teacher import KEY, MODEL, ScriptedTeacher
-from tests.training.verdict_world import learning, settings, write_world
+from tests.training.verdict_world import learning, make_model, settings, write_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -112,6 +112,16 @@ def test_kl_stale_answers_and_free_text(world: Path, tmp_path: Path) -> None:
             and record["answer/length"] > 1
             and record.get("grad_norm", 0.0) == 0
         )
+
+
+def test_a_model_of_many_tensors_is_saved(tmp_path: Path) -> None:
+    """The report of its checkpoint's writer is more than a pipe holds (64 KiB)."""
+    write_world(tmp_path, train=40, valid=8)
+    make_model(tmp_path / "model", layers=40)
+    run = tmp_path / "deep"
+    path = config_of(tmp_path, run, **{**SHORT, "checkpoint": {"interval": 1, "timeout_minutes": 0.5}})
+    assert train.main(["--config", str(path), "train.train_iters=2", "train.eval_interval=0"]) == 0
+    assert [folder.name for folder in sorted((run / "checkpoints").glob("iter_*"))] == ["iter_0000001", "iter_0000002"]
 
 
 def test_the_tool_trains_and_exports_a_folder_that_gives_the_same_verdicts(world: Path, tmp_path: Path) -> None:
