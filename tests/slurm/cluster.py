@@ -19,6 +19,7 @@ import subprocess
 import time
 from pathlib import Path
 
+PATIENCE = 3.0  # times the seconds that waits take on an idle machine: deadlines end a test, they time nothing
 _FULL = 24  # nodes of the partition that exists on paper
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 
@@ -138,7 +139,7 @@ class Cluster:
                                                     start_new_session=True))
 
     def _until(self, condition, problem: str, seconds: float = 30.0, hopeless=lambda: False) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE * seconds
         while not condition():
             if time.monotonic() > deadline or hopeless():
                 raise AssertionError(f"{problem}\n{self.logs()}")

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import Cluster
+from cluster import PATIENCE, Cluster
 
 REPOSITORY = Path(__file__).parents[2]
 # A policy of 0.2 M parameters, pools of three candidates, a checkpoint every other step: a step takes its time in the teacher alone.
@@ -37,7 +37,8 @@ def trained(run: Path) -> int:
 
 
 def until(condition, problem: str, seconds: float, log: Path) -> float:
-    """Wait; returns the time at which it came true."""
+    """Wait ``PATIENCE`` times ``seconds`` at most; returns the time at which it came true."""
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -16,7 +16,7 @@ from tests.training.runs import assert_same_weights
 
 LAST = 14
 FLAGS = "--dtype float32 --max-model-len 512 --max-num-seqs 16"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.usefixtures("vllm")
