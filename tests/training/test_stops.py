@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sip import train
-from megatron_sip.training import ledger, schedule
+from megatron_sip.training import ledger, microbatch
 from tests.training.runs import arguments, assert_same, assert_same_weights, execute, finish, free_port
 from tests.training.scripted_teacher import ScriptedTeacher
 
@@ -214,7 +214,7 @@ def test_a_run_moves_through_layouts_and_its_curve_goes_on(world, whole, scripte
 
 def spoil(monkeypatch, steps: set[int]) -> None:
     """The loss of the second microbatch of these steps becomes NaN, gradient and all."""
-    calls, original = [0], schedule.blend_loss
+    calls, original = [0], microbatch.blend_loss
 
     def blend_loss(*args, **kwargs):
         calls[0] += 1
@@ -226,7 +226,7 @@ def spoil(monkeypatch, steps: set[int]) -> None:
     def spoiled(call: int) -> bool:
         return call in {4 * (step - 1) + 2 for step in steps}
 
-    monkeypatch.setattr(schedule, "blend_loss", blend_loss)
+    monkeypatch.setattr(microbatch, "blend_loss", blend_loss)
 
 
 def test_a_bad_step_stops_the_run_and_names_its_pairs(world, scripted, tmp_path, capsys, monkeypatch):
