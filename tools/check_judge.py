@@ -18,12 +18,10 @@ both orders unless it says otherwise. Out, each share with its 95% Wilson interv
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -34,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
-from megatron_sip.config import JudgeSection, TeacherSection  # noqa: E402
+from megatron_sip.config import JudgeSection  # noqa: E402
 from megatron_sip.pool import Candidate, PairId, Pool  # noqa: E402
-from megatron_sip.servers import LocalServers, ServerError  # noqa: E402
+from megatron_sip.servers import ServerError  # noqa: E402
 from megatron_sip.teacher import TeacherError  # noqa: E402
 from megatron_sip.teacher.client import Teacher  # noqa: E402
 from megatron_sip.teacher.probes import Bigrams, passage, read_documents, wilson  # noqa: E402
+from megatron_sip.teacher.running import running_teacher  # noqa: E402
 
 KINDS = ("words shuffled", "sentences shuffled", "shuffled and finished", "off topic", "repeated", "prefix copied", "cut to half", "garbage",
          "insult appended")
@@ -78,7 +77,8 @@ def main() -> int:
     try:
         passages = make_passages(read_documents(options.files, 2 * options.words + 20), options.words, options.passages, options.seed)
         injections = read_injections(options.injections, options.max_injections, options.seed)
-        with running_teacher(options, parse_judge(options.judge)) as teacher:
+        judge = parse_judge(options.judge)
+        with running_teacher(options.model, judge, url=options.url, concurrency=options.concurrency, seed=options.seed) as teacher:
             figures = check(teacher, passages, options.kinds, options.repeats)
             print(table(figures), flush=True)
             if injections:
@@ -100,26 +100,6 @@ def parse_judge(text: str) -> JudgeSection:
         return JudgeSection(**({"order": "both"} if given.get("kind") == "quality" else {}) | given)
     except (yaml.YAMLError, ValidationError, ValueError) as error:
         raise ValueError(f"--judge {text!r} is no entry of teacher.judges: {error}") from None
-
-
-@contextlib.contextmanager
-def running_teacher(options: argparse.Namespace, judge: JudgeSection) -> Iterator[Teacher]:
-    """The teacher's client, ready, with a server of its own unless ``--url`` names one."""
-    section = TeacherSection(model=options.model, judges=[judge], concurrency=options.concurrency, request_timeout=600.0, retries=1)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        urls, key = [options.url], None
-        if not options.url:
-            servers = LocalServers(options.model, 1, log_dir=Path(scratch), name="teacher",
-                                   extra_args=["--dtype", "float32", "--max-model-len", "2048"])
-            stack.callback(servers.close)
-            servers.start()
-            servers.wait_ready()
-            urls, key = servers.urls, servers.api_key
-        teacher = Teacher(section, quorum=1.0, seed=options.seed, run_dir=Path(scratch), urls=urls, api_key=key)
-        stack.callback(teacher.close)
-        teacher.wait_ready()
-        teacher.metrics()
-        yield teacher
 
 
 def make_passages(documents: list[list[str]], words: int, count: int, seed: int) -> list[Passage]:

@@ -33,8 +33,8 @@ from megatron_sip.teacher import TeacherError  # noqa: E402
 from megatron_sip.teacher.client import Teacher  # noqa: E402
 from megatron_sip.teacher.make_samples import ends_sentence  # noqa: E402
 from megatron_sip.teacher.measure import Trial, figures, page  # noqa: E402
+from megatron_sip.teacher.running import running_teacher  # noqa: E402
 from megatron_sip.teacher.samples import Sample, read_samples  # noqa: E402
-from tools.check_judge import running_teacher  # noqa: E402
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
             section = judge_section(task, getattr(options, task))
             samples = [sample for sample in chosen if sample.task == task]
             if samples:
-                with running_teacher(options, section) as teacher:
+                with running_teacher(options.model, section, url=options.url, concurrency=options.concurrency, seed=options.seed) as teacher:
                     some, none = ask(teacher, samples)
                 trials, unanswered = trials + some, unanswered + none
     except (TeacherError, ServerError, OSError, ValueError) as error:
