@@ -48,5 +48,5 @@ DATA=$(absolute "$DATA")
 for name in train valid; do
     [[ -f $DATA/$name.jsonl ]] || fail "DATA=$DATA has no $name.jsonl: make it with tools/build_teacher_data.py --output"
 done
-OVERRIDES="data.tokenizer_model=$(printf %q "$INIT_FROM") grpo.data=[$DATA/train.jsonl] grpo.validation=[$DATA/valid.jsonl] $OVERRIDES"
+OVERRIDES="$(printf '%q ' "data.tokenizer_model=$INIT_FROM" "grpo.data=[$DATA/train.jsonl]" "grpo.validation=[$DATA/valid.jsonl]")$OVERRIDES"
 run_training

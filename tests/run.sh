@@ -19,7 +19,8 @@ export SIP_TEST_CACHE=${SIP_TEST_CACHE:-$root/.pytest_cache/sip}
 output=$(mktemp)
 env --default-signal=INT "$venv/bin/python" -m pytest -o cache_dir=.pytest_cache/slurm tests/slurm >"$output" 2>&1 &
 beside=$!
-trap 'kill "$beside" 2>/dev/null || true; wait "$beside" || true; rm -f "$output"' EXIT
+trap 'kill -INT "$beside" 2>/dev/null || true; wait "$beside" || true; rm -f "$output"' EXIT # by SIGINT pytest stops its Slurm, too
+trap 'exit 130' INT TERM
 code=0
 "$venv/bin/python" -m pytest --ignore=tests/slurm || code=$?
 wait "$beside" || code=$?

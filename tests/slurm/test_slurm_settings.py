@@ -132,16 +132,18 @@ def test_dry_runs_of_the_others(blend, folder, tmp_path, script):
 @pytest.mark.parametrize("task, judges", [("judge", 0), ("rewriter", 8)])
 def test_a_dry_run_of_a_teacher(folder, tmp_path, task, judges):
     """A judge is trained by nobody's answers but its own; a rewriter has judges beside it."""
+    data = tmp_path / "teacher data"
+    data.mkdir()
     for part in ("train", "valid"):
-        (tmp_path / f"{part}.jsonl").write_text("{}\n")
-    settings = {"PYTHON": sys.executable, "INIT_FROM": str(folder), "DATA": str(tmp_path), "RUN_DIR": str(tmp_path / "run"), "TASK": task,
+        (data / f"{part}.jsonl").write_text("{}\n")
+    settings = {"PYTHON": sys.executable, "INIT_FROM": str(folder), "DATA": str(data), "RUN_DIR": str(tmp_path / "run"), "TASK": task,
                 "TEACHER_MODEL": str(folder) if judges else ""}
     shown = dry("train_teacher.sh", **settings)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     steps = re.findall(r"srun --job-name=(\S+) --nodes=(\d+) --ntasks=(\d+)", shown.stdout)
     assert steps[-1] == ("trainer", "8", "64") and sum(name.startswith("judge-") for name, *_ in steps) == judges
     trainer = shown.stdout.splitlines()[-1]
-    assert f"configs/train_{task}.yaml" in trainer and f"{tmp_path}/train.jsonl" in trainer and f"data.tokenizer_model={folder}" in trainer
+    assert f"configs/train_{task}.yaml" in trainer and f"grpo.data=[{data}/train.jsonl]" in shlex.split(trainer) and f"data.tokenizer_model={folder}" in trainer
     assert not (tmp_path / "run").exists()
     for change, message in (({"DATA": "/nowhere"}, "DATA=/nowhere is no folder"), ({"INIT_FROM": "/nowhere"}, "INIT_FROM=/nowhere is no folder"),
                             ({"DATA": str(folder)}, "has no train.jsonl: make it with tools/build_teacher_data.py"), ({"TASK": "critic"}, "TASK=critic is none of judge, rewriter")):
