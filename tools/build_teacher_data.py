@@ -24,7 +24,6 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import resources
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sip.config import JudgeSection, RewriterSection, TeacherSection  # noqa: E402
 from megatron_sip.pool import Candidate, PairId, Pool  # noqa: E402
-from megatron_sip.servers import LocalServers, ServerError  # noqa: E402
+from megatron_sip.servers import ServerError  # noqa: E402
 from megatron_sip.teacher import TeacherError  # noqa: E402
 from megatron_sip.teacher.client import Teacher  # noqa: E402
 from megatron_sip.teacher.make_samples import (
@@ -53,6 +52,7 @@ from megatron_sip.teacher.make_samples import (
     read_documents,
     statistics,
 )
+from megatron_sip.teacher.running import running_teacher  # noqa: E402
 from megatron_sip.teacher.spoil import RULES  # noqa: E402
 from megatron_sip.training.checkpoint_files import file_digest, write_durably  # noqa: E402
 from megatron_sip.training.jsonl import JsonLines, read_jsonl  # noqa: E402
@@ -124,13 +124,13 @@ def build(options: argparse.Namespace, recipe: Recipe) -> None:
     if todo:
         print(f"{len(documents)} documents for the teacher, {len(done)} are done", file=sys.stderr)
 
-    with running_teacher(options, recipe) if asks and todo else contextlib.nullcontext() as teacher, ThreadPoolExecutor(options.concurrency) as pool:
+    server = running_teacher(asked(options, recipe), url=options.url, seed=options.seed) if asks and todo else contextlib.nullcontext()
+    with server as teacher, ThreadPoolExecutor(options.concurrency) as pool:
 
         def one(number: int) -> Made:
             mine = documents[number - 1]
-            later = (
-                documents[number:] + documents[: number - 1]
-            )  # the next one of the same part, so that validation texts are seen in validation only
+            # The next one of the same part, so that validation texts are seen in validation only.
+            later = documents[number:] + documents[: number - 1]
             other = next((each for each in later if each.part(recipe) == mine.part(recipe)), later[0])
             return make_samples(mine, other.words, recipe, spoiler(teacher), labeller(teacher, options.label_samples))
 
@@ -202,32 +202,16 @@ def _instruction(template: Path | None) -> bytes:
     return (template or resources.files("megatron_sip.teacher") / "prompts" / "spoil.txt").read_bytes()
 
 
-@contextlib.contextmanager
-def running_teacher(options: argparse.Namespace, recipe: Recipe) -> Iterator[Teacher]:
-    """A client, ready: its rewriter spoils, its judge says what is safe. With a server of its own unless ``--url`` names one."""
+def asked(options: argparse.Namespace, recipe: Recipe) -> TeacherSection:
+    """Its rewriter spoils, its judge says what is safe."""
     built_in = Path(str(resources.files("megatron_sip.teacher") / "prompts" / "spoil.txt"))
-    judges = [JudgeSection(kind="safety", samples=options.label_samples)] if recipe.safety == "judge" else []
-    section = TeacherSection(
+    return TeacherSection(
         model=options.model,
-        judges=judges,
+        judges=[JudgeSection(kind="safety", samples=options.label_samples)] if recipe.safety == "judge" else [],
         concurrency=options.concurrency,
         request_timeout=600.0,
         rewriter=RewriterSection(template=options.template or built_in, temperature=1.0, cache_dir=options.output / "cache"),
     )
-    with contextlib.ExitStack() as stack:
-        urls, key = [options.url], None
-        if not options.url:
-            servers = LocalServers(
-                options.model, 1, log_dir=options.output / "logs", name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"]
-            )
-            stack.callback(servers.close)
-            servers.start()
-            servers.wait_ready()
-            urls, key = servers.urls, servers.api_key
-        teacher = Teacher(section, quorum=1.0, seed=options.seed, run_dir=options.output, urls=urls, api_key=key)
-        stack.callback(teacher.close)
-        teacher.wait_ready()
-        yield teacher
 
 
 def spoiler(teacher: Teacher | None) -> Spoil | None:

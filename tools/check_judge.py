@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
-from megatron_sip.config import JudgeSection  # noqa: E402
+from megatron_sip.config import JudgeSection, TeacherSection  # noqa: E402
 from megatron_sip.pool import Candidate, PairId, Pool  # noqa: E402
 from megatron_sip.servers import ServerError  # noqa: E402
 from megatron_sip.teacher import TeacherError  # noqa: E402
@@ -78,7 +78,8 @@ def main() -> int:
         passages = make_passages(read_documents(options.files, 2 * options.words + 20), options.words, options.passages, options.seed)
         injections = read_injections(options.injections, options.max_injections, options.seed)
         judge = parse_judge(options.judge)
-        with running_teacher(options.model, judge, url=options.url, concurrency=options.concurrency, seed=options.seed) as teacher:
+        section = TeacherSection(model=options.model, judges=[judge], concurrency=options.concurrency, request_timeout=600.0, retries=1)
+        with running_teacher(section, url=options.url, seed=options.seed) as teacher:
             figures = check(teacher, passages, options.kinds, options.repeats)
             print(table(figures), flush=True)
             if injections:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
-from megatron_sip.config import JudgeSection  # noqa: E402
+from megatron_sip.config import JudgeSection, TeacherSection  # noqa: E402
 from megatron_sip.pool import ROLLOUT, Candidate, PairId, Pool, Scores  # noqa: E402
 from megatron_sip.servers import ServerError  # noqa: E402
 from megatron_sip.teacher import TeacherError  # noqa: E402
@@ -56,10 +56,11 @@ def main() -> int:
         held_out = options.held_out if options.held_out is not None else _held_out(options.files[0])
         trials, unanswered = [], 0
         for task in options.tasks:
-            section = judge_section(task, getattr(options, task))
+            judge = judge_section(task, getattr(options, task))
+            section = TeacherSection(model=options.model, judges=[judge], concurrency=options.concurrency, request_timeout=600.0, retries=1)
             samples = [sample for sample in chosen if sample.task == task]
             if samples:
-                with running_teacher(options.model, section, url=options.url, concurrency=options.concurrency, seed=options.seed) as teacher:
+                with running_teacher(section, url=options.url, seed=options.seed) as teacher:
                     some, none = ask(teacher, samples)
                 trials, unanswered = trials + some, unanswered + none
     except (TeacherError, ServerError, OSError, ValueError) as error:

@@ -45,7 +45,7 @@ def costs(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     flops: dict[Point, tuple[float, float]] = {}
     for number in range(options.rounds):
         for point in points:
-            records, run, _ = _run(point, options, scratch, f"{number}-{points.index(point)}")
+            records, run = _run(point, options, scratch, f"{number}-{points.index(point)}")
             for found, key in zip(measured[point], ("time/train", "time/rollout"), strict=True):
                 found += [record[key] for record in records]
             flops[point] = _flops(run)
@@ -62,14 +62,16 @@ def costs(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def resources(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Time, peak memory and energy of a step with rollouts and preference, and of plain next-token training on as many pairs."""
+    """Time, peak memory and energy of a step with rollouts and preference, and of plain next-token training on as many pairs.
+
+    Energy is the mean power of the whole run, counted or given, times the seconds of a step."""
     points = [Point(options.size[0], k, options.prompts, options.suffix_length) for k in options.rollouts]
     found: dict[str, list[tuple[float, float, float | None]]] = {}
     for number in range(options.rounds):
         for name, point, overrides in [("next-token", points[0], _NEXT_TOKEN), *((f"K = {point.rollouts}", point, ()) for point in points)]:
             watch: list[int] = []
             before, began = _joules(), time.monotonic()
-            records, _, seconds = _run(point, options, scratch, f"{number}-{name.replace(' ', '')}", watch=watch, overrides=overrides)
+            records, _ = _run(point, options, scratch, f"{number}-{name.replace(' ', '')}", watch=watch, overrides=overrides)
             after, whole = _joules(), time.monotonic() - began
             power = (after - before) / whole if before is not None and after is not None else options.watts
             step = statistics.median(record["time/step"] for record in records)
@@ -85,15 +87,12 @@ def resources(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def _run(point: Point, options: argparse.Namespace, scratch: Path, name: str, *, watch: list[int] | None = None,
-         overrides: tuple[str, ...] = ()) -> tuple[list[dict[str, float]], Path, float]:
+         overrides: tuple[str, ...] = ()) -> tuple[list[dict[str, float]], Path]:
     folder = scratch / name
     folder.mkdir()
     asked = argparse.Namespace(**{**vars(options), "prompts": point.pairs, "prefix_length": point.length, "suffix_length": point.length})
-    documents = dataset(asked, folder)
-    began = time.monotonic()
-    records = ours(point.size, options.dtype[0], point.rollouts, documents, folder / "run", asked, watch=watch,
-                   overrides=("objective.shared_prefix=auto", *overrides))
-    return records, folder / "run", time.monotonic() - began
+    run = folder / "run"
+    return ours(point.size, options.dtype[0], point.rollouts, dataset(asked, folder), run, asked, watch=watch, overrides=overrides), run
 
 
 def _flops(run: Path) -> tuple[float, float]:

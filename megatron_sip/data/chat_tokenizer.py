@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sip.data import DataError, without_surrogates
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class ChatTokenizer:
@@ -47,7 +47,7 @@ class ChatTokenizer:
         if self.eos_id is None:
             raise DataError(f"tokenizer {folder} names no eos_token, by which an answer ends; set it in tokenizer_config.json")
         self.eod_id: int = self.eos_id
-        parts = [(self.path / name).read_bytes() for name in _FILES if (self.path / name).exists()]
+        parts = [(self.path / name).read_bytes() for name in FILES if (self.path / name).exists()]
         self.fingerprint = hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     def prompt(self, message: str) -> list[int]:

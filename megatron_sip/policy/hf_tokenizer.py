@@ -18,6 +18,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from megatron_sip.config import ConfigError
+from megatron_sip.data.chat_tokenizer import FILES
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -28,8 +29,7 @@ _PROBES = ("Hello world", " leading space", "  two  spaces \n\n tab\tend ", "caf
 
 
 # What of a post-trained model's folder its tokenizer consists of; the last one names the tokens that end an answer.
-CHAT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-              "generation_config.json")
+CHAT_FILES = (*FILES, "generation_config.json")
 
 
 def chat_ids(folder: Path, vocab_size: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A teacher for a tool: a running server's, or one of our own for as long as it is needed.
 
-In: a judge as in ``teacher.judges``, and where its model is. Out: a client that is ready.
+In: a ``teacher`` section, and where its model is served, if anywhere. Out: a client that is ready.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sip.config import JudgeSection, TeacherSection
+from megatron_sip.config import TeacherSection
 from megatron_sip.servers import LocalServers
 from megatron_sip.teacher.client import Teacher
 
 
 @contextlib.contextmanager
-def running_teacher(model: str, judge: JudgeSection, *, url: str | None, concurrency: int, seed: int) -> Iterator[Teacher]:
-    """The client of one judge, ready.
+def running_teacher(section: TeacherSection, *, url: str | None, seed: int) -> Iterator[Teacher]:
+    """The client, ready, its metrics at zero.
 
     Args:
-        model: folder of the model, or the name under which ``url`` serves it.
+        section: ``model`` is the model's folder, or the name under which ``url`` serves it.
         url: of a running server (its key in $SIP_TEACHER_API_KEY); None starts a vLLM server here.
 
     Raises:
         ServerError: our own server does not come up.
         TeacherError: the server does not answer as the judge needs it.
     """
-    section = TeacherSection(model=model, judges=[judge], concurrency=concurrency, request_timeout=600.0, retries=1)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         urls, key = [url], None
         if not url:
-            servers = LocalServers(model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
+            servers = LocalServers(section.model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
             stack.callback(servers.close)
             servers.start()
             servers.wait_ready()
