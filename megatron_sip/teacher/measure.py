@@ -55,7 +55,7 @@ def figures(trials: Sequence[Trial], held_out: Iterable[str] = (), unanswered: i
             "by kind": _by(quality, lambda t: t.kind),
             "by domain": _by(quality, lambda t: t.domain),
             "order flips": flips(quality),
-            "answers A": _share([_chosen(t.right if t.first else 1 - t.right) for t in quality]),
+            "answers A": share([_chosen(t.right if t.first else 1 - t.right) for t in quality]),
             "calibration": calibration(quality),
             "the longer": preference(quality, lambda t: t.longer),
             "the finished": preference(quality, lambda t: t.finished),
@@ -65,7 +65,7 @@ def figures(trials: Sequence[Trial], held_out: Iterable[str] = (), unanswered: i
             "all": accuracy(safety),
             "by kind": _by(safety, lambda t: t.kind),
             "by domain": _by(safety, lambda t: t.domain),
-            "answers yes": _share([_chosen(t.right if t.first else 1 - t.right) for t in safety]),
+            "answers yes": share([_chosen(t.right if t.first else 1 - t.right) for t in safety]),
             "calibration": calibration(safety),
         }
     return found
@@ -76,7 +76,7 @@ def accuracy(trials: Sequence[Trial]) -> dict[str, Any]:
     pairs: dict[str, list[float]] = {}
     for trial in trials:
         pairs.setdefault(trial.pair, []).append(_chosen(trial.right))
-    return _share([fmean(some) for some in pairs.values()])
+    return share([fmean(some) for some in pairs.values()])
 
 
 def flips(trials: Sequence[Trial]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def flips(trials: Sequence[Trial]) -> dict[str, Any]:
     for trial in trials:
         pairs.setdefault(trial.pair, {})[trial.first] = trial.right
     both = [orders for orders in pairs.values() if len(orders) == 2]
-    return _share([float((orders[True] - 0.5) * (orders[False] - 0.5) < 0) for orders in both])
+    return share([float((orders[True] - 0.5) * (orders[False] - 0.5) < 0) for orders in both])
 
 
 def calibration(trials: Sequence[Trial]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def preference(trials: Sequence[Trial], side: Callable[[Trial], int]) -> dict[st
     """
     some = [t for t in trials if side(t) != 0]
     chosen = [_chosen(t.right) if side(t) > 0 else 1 - _chosen(t.right) for t in some]
-    return {"chosen": _share(chosen), "right": fmean(side(t) > 0 for t in some) if some else None}
+    return {"chosen": share(chosen), "right": fmean(side(t) > 0 for t in some) if some else None}
 
 
 def _by(trials: Sequence[Trial], key: Callable[[Trial], str]) -> dict[str, dict[str, Any]]:
@@ -118,7 +118,8 @@ def _chosen(probability: float) -> float:
     return 0.5 if probability == 0.5 else float(probability > 0.5)
 
 
-def _share(values: Sequence[float]) -> dict[str, Any]:
+def share(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of values in 0 … 1 with its 95% Wilson interval; None for no value."""
     low, high = wilson(fmean(values), len(values)) if values else (None, None)
     return {"share": fmean(values) if values else None, "low": low, "high": high, "n": len(values)}
 
@@ -137,8 +138,8 @@ def page(found: dict[str, Any], held_out: Iterable[str] = ()) -> str:
         rows = [
             ("right", part["all"]),
             *((name, part[name]) for name in ("trained kinds", "held-out kinds") if name in part),
-            *((f"right: {name}{' (held out)' if name in held else ''}", share) for name, share in part["by kind"].items()),
-            *((f"right in {name}", share) for name, share in part["by domain"].items()),
+            *((f"right: {name}{' (held out)' if name in held else ''}", value) for name, value in part["by kind"].items()),
+            *((f"right in {name}", value) for name, value in part["by domain"].items()),
         ]
         if task == "quality":
             rows += [("verdict changes with the order", part["order flips"]), ("answers A", part["answers A"])]
@@ -161,7 +162,7 @@ def page(found: dict[str, Any], held_out: Iterable[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, share: dict[str, Any]) -> str:
-    if share["share"] is None:
+def _row(name: str, value: dict[str, Any]) -> str:
+    if value["share"] is None:
         return f"| {name} | - | no trial | 0 |"
-    return f"| {name} | {share['share']:.3f} | {share['low']:.3f} - {share['high']:.3f} | {share['n']} |"
+    return f"| {name} | {value['share']:.3f} | {value['low']:.3f} - {value['high']:.3f} | {value['n']} |"

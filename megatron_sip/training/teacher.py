@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class Prompt:
 class Prompts:
     """``prompts[i]`` is a function of configuration and i: every sample once an epoch, in an order shuffled anew for each.
 
+    The two orders of a pair follow each other: whoever answers A to both earns a half, so in a step a habit of position is worth nothing.
+
     Raises:
         TeacherError: see :func:`read_samples`.
         ConfigError: no prompt fits into ``grpo.prompt_length``.
@@ -73,6 +76,11 @@ class Prompts:
                 "raise it, or make samples of fewer words"
             )
         self._name = ",".join(str(file) for file in files)
+        pairs: dict[str, list[int]] = {}
+        for place, (_, sample) in enumerate(self._lines):
+            pairs.setdefault(sample.pair, []).append(place)
+        self._pairs = list(pairs.values())
+        self._order = lru_cache(maxsize=2)(self._shuffled)  # steps to come may be of the next epoch
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -80,7 +88,12 @@ class Prompts:
 
     def __getitem__(self, index: int) -> Prompt:
         epoch, place = divmod(index, len(self))
-        return self.at(Permutation(len(self), self._seed, epoch)[place])
+        return self.at(self._order(epoch)[place])
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        """Places in the files, in the order of an epoch."""
+        shuffled = Permutation(len(self._pairs), self._seed, epoch)
+        return [place for i in range(len(shuffled)) for place in self._pairs[shuffled[i]]]
 
     def at(self, place: int) -> Prompt:
         """By its place in the files."""
