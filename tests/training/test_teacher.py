@@ -12,8 +12,12 @@ import torch
 import yaml
 
 from megatron_sip import train
+from megatron_sip.config import load_config
+from megatron_sip.data.chat_tokenizer import ChatTokenizer
 from megatron_sip.training.jsonl import read_jsonl
 from megatron_sip.training.ledger import read_ledger
+from megatron_sip.training.tasks import make_task
+from megatron_sip.training.teacher import Prompts
 from tests.training.runs import assert_same_weights, execute, finish
 from tests.training.scripted_teacher import KEY, MODEL, ScriptedTeacher
 from tests.training.verdict_world import learning, make_model, settings, write_world
@@ -72,6 +76,24 @@ def test_a_run_writes_down_what_it_did(whole: Path) -> None:
     assert len(audit) == 24 and {record["task"] for record in audit} == {"quality", "safety"}
     for record in audit:
         assert len(record["answers"]) == 8 and all(answer["reward"] == float(answer["verdict"] == record["label"]) for answer in record["answers"])
+
+
+def test_both_orders_of_a_pair_follow_each_other(world: Path, tmp_path: Path) -> None:
+    """Also where samples without a partner lie between them in the file; each sample comes once an epoch."""
+    lines = []
+    for i, sample in enumerate(s for s in map(json.loads, (world / "train.jsonl").read_text().splitlines()) if s["task"] == "quality" and len(lines) < 40):
+        swapped = {"candidate_a": sample["candidate_b"], "candidate_b": sample["candidate_a"], "label": "AB"[sample["label"] == "A"]}
+        lines += [{**sample, "id": f"{i}-1", "pair": f"{i}"}, {**sample, **swapped, "id": f"{i}-2", "pair": f"{i}"}]
+    alone = [s for s in map(json.loads, (world / "train.jsonl").read_text().splitlines()) if s["task"] == "safety"][:10]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[::2] + alone + lines[1::2]))
+    config = load_config(config_of(world, tmp_path / "run"))
+    prompts = Prompts(config, [tmp_path / "mixed.jsonl"], make_task(config, None), ChatTokenizer(world / "model"))
+    epochs = [[prompts[i].sample for i in range(start, start + len(prompts))] for start in (0, len(prompts))]
+    assert len(prompts) == len(lines) + len(alone) and epochs[0] != epochs[1] and [prompts[i].sample for i in range(len(prompts))] == epochs[0]
+    for epoch in epochs:
+        assert len({sample.id for sample in epoch}) == len(prompts)
+        places = [i for i, sample in enumerate(epoch) if sample.task == "quality"]
+        assert all(epoch[a].pair == epoch[b].pair and b == a + 1 for a, b in zip(places[::2], places[1::2]))
 
 
 def test_a_run_goes_on_where_it_stopped(world: Path, whole: Path, tmp_path: Path) -> None:
