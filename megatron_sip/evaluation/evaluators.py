@@ -116,7 +116,7 @@ def teacher_section(entry: EvaluatorSection, device: str) -> TeacherSection:
 
 
 class Evaluators:
-    """Life: ``ask`` as often as needed, ``close``.
+    """Life: ``check``, ``ask`` as often as needed, ``close``.
 
     Args:
         seed: of the order in which candidates are shown.
@@ -166,6 +166,12 @@ class Evaluators:
         client.wait_ready()
         self._current = evaluator, Running(client, urls or client.urls, key)
         return self._current[1]
+
+    def check(self) -> None:
+        """Those on running servers answer, before anything is computed for them; raises as :meth:`running` does."""
+        for evaluator in self._evaluators:
+            if evaluator.section.urls or evaluator.section.replicas_file:
+                self.running(evaluator)
 
     def ask(self, pools: Sequence[Pool], kinds: Collection[str] | None = None) -> list[Answers]:
         """Every evaluator about every pool; with ``kinds`` only those that have a judge of such a kind.

@@ -6,6 +6,7 @@ In: parsed flags. Out: a :class:`~.report.Report`. Everything that can be wrong 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -84,15 +85,20 @@ def own_judges(teacher: TeacherSection, arguments: argparse.Namespace) -> Evalua
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Evaluate; what was started is stopped in every case."""
+    """Evaluate; what was started is stopped in every case.
+
+    Raises:
+        ConfigError, EvaluationError, DataError, TeacherError, ServerError, OSError: with the flag, file or server and the remedy.
+    """
     settings = settle(arguments)
     wanted = [(suite, prepared) for suite in suites() if (prepared := suite.prepare(arguments)) is not None]
-    _check_parts(arguments)
+    _check_places(arguments)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-")))
         evaluators = Evaluators(settings.evaluators, seed=settings.seed, quorum=settings.quorum, device=arguments.device, timeout=arguments.judge_timeout,
                                 scratch=scratch, say=_say)
         stack.callback(evaluators.close)
+        evaluators.check()
         context = _load(arguments, settings, scratch, evaluators)
         sections: list[Section] = []
         for suite, prepared in wanted:
@@ -140,10 +146,14 @@ def _judges_of(a: Source, b: Source, config: RunConfig | None, arguments: argpar
     return list(dict.fromkeys(judges)), tuple(notes)
 
 
-def _check_parts(arguments: argparse.Namespace) -> None:
-    """Optional packages, before models are loaded."""
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Optional packages, and the place of the report, before models are loaded."""
     from megatron_sip.evaluation import toxicity
 
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.output.is_dir() or not os.access(arguments.output.parent, os.W_OK):
+            raise EvaluationError(f"--output {arguments.output} cannot be written: it is a folder, or its folder takes no files; give another file")
     if not arguments.no_toxicity and not toxicity.installed():
         toxicity.ToxicityClassifier()  # says what is missing
 
