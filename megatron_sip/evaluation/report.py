@@ -76,7 +76,8 @@ def write_json(report: Report, path: Path) -> None:
 def _section(section: Section) -> Iterator[str]:
     yield f"== {section.name}: {section.items} =="
     if section.comparisons:
-        yield f"{'A against B':48}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}{'A - B':>10}  95% interval"
+        yield (f"{'A against B':48}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}{'A - B':>10}"
+               "  95% interval")
         yield from map(_win_line, section.comparisons)
     for name, (a, b) in section.guarded.items():
         yield f"    The guard of {name} (copies, repetition) caught {a:.0%} of A's continuations and {b:.0%} of B's; two that are caught tie."

@@ -1,6 +1,6 @@
 """One evaluation from its command line to its report; what tools/evaluate.py does.
 
-In: parsed flags. Out: a :class:`~.report.Report`. Everything that can be wrong with flags and files is found before a model is loaded or a server started.
+In: parsed flags. Out: a :class:`~.report.Report`. What can be wrong with flags and files is found before a model is loaded or a server started.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def own_judges(teacher: TeacherSection, arguments: argparse.Namespace) -> Evalua
     if not teacher.model:
         return None
     # Two continuations are one pair; pivot would look for the original among them.
-    judges = [judge.model_copy(update={"strategy": "all_pairs", "swiss_rounds": None}) for judge in teacher.judges or [JudgeSection(kind="likelihood")]]
+    asked = teacher.judges or [JudgeSection(kind="likelihood")]
+    judges = [judge.model_copy(update={"strategy": "all_pairs", "swiss_rounds": None}) for judge in asked]
     return Evaluator("judge", teacher.model_copy(update={"judges": judges}), trained_on=True, of_run=True)
 
 
@@ -95,8 +96,8 @@ def run(arguments: argparse.Namespace) -> Report:
     _check_places(arguments)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-")))
-        evaluators = Evaluators(settings.evaluators, seed=settings.seed, quorum=settings.quorum, device=arguments.device, timeout=arguments.judge_timeout,
-                                scratch=scratch, say=_say)
+        evaluators = Evaluators(settings.evaluators, seed=settings.seed, quorum=settings.quorum, device=arguments.device,
+                                timeout=arguments.judge_timeout, scratch=scratch, say=_say)
         stack.callback(evaluators.close)
         evaluators.check()
         context = _load(arguments, settings, scratch, evaluators)
@@ -104,7 +105,8 @@ def run(arguments: argparse.Namespace) -> Report:
         for suite, prepared in wanted:
             sections += suite.run(context, prepared)
     return Report(format=2, model_a=settings.source_a.name, model_b=settings.source_b.name, seed=settings.seed, max_tokens=context.max_tokens,
-                  temperature=arguments.temperature, evaluators=tuple(one.told() for one in settings.evaluators), notes=settings.notes, sections=tuple(sections))
+                  temperature=arguments.temperature, evaluators=tuple(one.told() for one in settings.evaluators), notes=settings.notes,
+                  sections=tuple(sections))
 
 
 def _load(arguments: argparse.Namespace, settings: Settings, scratch: Path, evaluators: Evaluators) -> Context:
