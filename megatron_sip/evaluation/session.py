@@ -72,12 +72,14 @@ def settle(arguments: argparse.Namespace) -> Settings:
 
 
 def own_judges(teacher: TeacherSection, arguments: argparse.Namespace) -> Evaluator | None:
-    """The run's judges, marked; None without a model."""
+    """The run's judges, marked; None without a model. EvaluationError: servers of no model."""
     if arguments.teacher_model:
         teacher.model = arguments.teacher_model
     if arguments.teacher_url:
         teacher.urls = arguments.teacher_url
     if not teacher.model:
+        if arguments.teacher_url:
+            raise EvaluationError("--teacher-url names servers, but nothing says which model they serve; give --teacher-model as well")
         return None
     # Two continuations are one pair; pivot would look for the original among them.
     asked = teacher.judges or [JudgeSection(kind="likelihood")]
