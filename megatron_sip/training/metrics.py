@@ -57,6 +57,9 @@ def means(sums: dict[str, float]) -> dict[str, float]:
         elif key in _DENOMINATOR:
             if sums.get(_DENOMINATOR[key]):
                 shown[key] = value / sums[_DENOMINATOR[key]]
+        elif f"n/{key}" in sums:  # of an evaluation: each number has items of its own
+            if sums[f"n/{key}"]:
+                shown[key] = value / sums[f"n/{key}"]
         else:
             shown[key] = value
     if not sums.get("n/rollout_tokens"):
@@ -172,7 +175,8 @@ class MetricsWriter:
         total, seconds = self._config.train.train_iters, statistics.median(self._step_times)
         parts = [f"step {step}/{total}", f"loss {m['loss']:.4f}" if "loss" in m else "loss -"]
         parts += [f"{name} {m[key]:.{digits}f}" for name, key, digits in (
-            ("reward", "reward", 3), ("held out", "eval/reward", 3), ("nll", "loss/nll", 4), ("dpo", "loss/dpo", 4), ("margin", "dpo/margin", 3), ("eval", "eval/suffix_nll", 4)) if key in m]
+            ("reward", "reward", 3), ("held out", "eval/reward", 3), ("nll", "loss/nll", 4), ("dpo", "loss/dpo", 4), ("margin", "dpo/margin", 3), ("eval", "eval/suffix_nll", 4),
+            ("repeats", "evaluation/repetition", 3)) if key in m]
         parts.append(f"grad {m['grad_norm']:.3f}" if "grad_norm" in m else "no update")
         if "chosen/rollout" in m:
             parts.append(f"chosen: rollout {m['chosen/rollout']:.0%} (chance {m['chosen/rollout_chance']:.0%})")
