@@ -132,6 +132,10 @@ SECTIONS = (
               "The thickest band is what to make faster. Waiting for the judge is time in which the policy stands still; rollouts of servers may overlap with it.", "seconds", kind="stack"),
         Chart("Throughput", (("tokens_per_second", "tokens"),), "Trained tokens (prefix and suffix of each pair) per second of the whole step.",
               "tokens per second", scale="log"),
+        Chart("Peak memory", (("memory/peak_mb", "resident"), ("memory/gpu_peak_mb", "allocated on the GPU")),
+              "Largest of any rank so far; servers are not counted. A line that goes on climbing is a leak.", "MiB", smooth=False),
+        Chart("Energy", (("energy/joules", "counted"),), "Of a step: processor packages and the ranks' GPUs, where their counters can be read. "
+              "Whatever else runs on these nodes is in it, servers elsewhere are not.", "joules"),
         Chart("Gradient norm", (("grad_norm", "before clipping"),), "Spikes that come back are a learning rate too high; zero is nothing to learn from.", scale="log"),
         Chart("Learning rate", (("lr", "learning rate"),), "Warm-up, then decay, as configured.", smooth=False),
     )),

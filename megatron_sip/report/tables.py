@@ -31,6 +31,9 @@ _AT_END = (
     ("rollout/length", "tokens of a rollout", ".0f"),
     ("time/step", "seconds of a step", ".2f"),
     ("tokens_per_second", "tokens per second", ",.0f"),
+    ("memory/peak_mb", "peak memory of a rank, MiB", ",.0f"),
+    ("memory/gpu_peak_mb", "peak memory of a GPU, MiB", ",.0f"),
+    ("energy/joules", "joules of a step", ",.0f"),
 )
 
 
