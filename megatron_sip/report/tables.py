@@ -63,7 +63,7 @@ def at_end(run: Run, key: str) -> float | None:
     _, values = run.series(key)
     if not values:
         return None
-    return values[-1] if key.startswith("eval/") else statistics.fmean(values[-max(1, len(values) // 10) :])
+    return values[-1] if key.startswith(("eval/", "evaluation/")) else statistics.fmean(values[-max(1, len(values) // 10) :])
 
 
 def end_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -74,6 +74,24 @@ def end_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         if any(value is not None for value in values):
             rows.append((label, [_written(value, style) for value in values]))
     return rows
+
+
+def arm_rows(arms: Sequence[Sequence[Run]]) -> list[tuple[str, list[str]]]:
+    """(label, one value an arm): the mean over its runs with the lowest and highest. Metrics ``evaluation/…`` come under their own names."""
+    families = {key for runs in arms for run in runs for metrics in run.steps.values() for key in metrics if key.startswith("evaluation/")}
+    rows = []
+    for key, label, style in (*_AT_END[:1], *((key, f"{key} (last)", ".4g") for key in sorted(families)), *_AT_END[1:]):
+        values = [[value for run in runs if (value := at_end(run, key)) is not None] for runs in arms]
+        if any(values):
+            rows.append((label, [_with_range(some, style) for some in values]))
+    return rows
+
+
+def _with_range(values: list[float], style: str) -> str:
+    if not values:
+        return "–"
+    mean = _written(statistics.fmean(values), style)
+    return mean if len(values) == 1 else f"{mean} ({_written(min(values), style)} – {_written(max(values), style)})"
 
 
 def drops(run: Run) -> list[tuple[str, int]]:
