@@ -46,12 +46,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="what to compare")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of comparison.html, PNG and CSV files")
     parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="of the runs, in their order (default: run.name)")
-    parser.add_argument("--group", metavar="KEY", help="draw runs together, mean and range: name (names up to _seedN), or a key of run.yaml, e.g. optimizer.lr")
+    parser.add_argument("--group", metavar="KEY",
+                        help="draw runs together, mean and range: name (names up to _seedN), or a key of run.yaml, e.g. optimizer.lr")
     parser.add_argument("--baseline", metavar="NAME", help="run or group whose costs are 1 (default: the first of plain next-token prediction)")
-    parser.add_argument("--evaluations", type=Path, nargs="+", default=[], metavar="FILE", help="JSON files of tools/evaluate.py --output, beside those in the runs")
+    parser.add_argument("--evaluations", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="JSON files of tools/evaluate.py --output, beside those in the runs")
     parser.add_argument("--x", choices=list(AXES), default="step", help="axis of the PNGs, and the page's at first (default: %(default)s)")
     parser.add_argument("--title", default="Comparison of runs", help="of the page (default: %(default)s)")
-    parser.add_argument("--judge-parameters", type=float, metavar="N", help="of the judge, e.g. 8e9, for total FLOPs where teacher.model is no folder here")
+    parser.add_argument("--judge-parameters", type=float, metavar="N",
+                        help="of the judge, e.g. 8e9, for total FLOPs where teacher.model is no folder here")
     parser.add_argument("--judge-active-parameters", type=float, metavar="N", help="that one token uses, of a mixture of experts")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="of the policy, where data.tokenizer_model is not here (default then: 32000)")
     options = parser.parse_args()

@@ -51,8 +51,9 @@ def send(made: object, options: argparse.Namespace) -> int:
     try:
         made.save() if options.workspace else made.save(draft=options.draft)
     except Exception as error:  # the library raises bare exceptions for a missing key, a missing project, no network
-        print(f"error: {options.project} was not changed: {' '.join(str(error).split())[:300] or type(error).__name__}. Is WANDB_API_KEY set, the server reachable, "
-              "and the project there? --dry-run FILE needs neither", file=sys.stderr)
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        print(f"error: {options.project} was not changed: {reason}. Is WANDB_API_KEY set, the server reachable, and the project there? "
+              "--dry-run FILE needs none of them", file=sys.stderr)
         return 1
     print(made.url)
     return 0

@@ -71,7 +71,8 @@ def arms_of(runs: Sequence[Compared], group: str | None) -> list[Arm]:
         settings = [run.flat() for run in runs]
         if not any(group in flat for flat in settings):
             near = difflib.get_close_matches(group, {key for flat in settings for key in flat}, 1)
-            raise ReportError(f"--group {group}: no run has such a setting; give name, or a key as in run.yaml" + (f", e.g. {near[0]}" if near else ""))
+            example = f", e.g. {near[0]}" if near else ""
+            raise ReportError(f"--group {group}: no run has such a setting; give name, or a key as in run.yaml{example}")
         for run, flat in zip(runs, settings):
             found.setdefault(f"{group} = {flat[group]}" if group in flat else f"{group} not known", []).append(run)
     return [Arm(name, tuple(members), COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)])

@@ -117,7 +117,8 @@ def step_flops(config: RunConfig, sizes: Sizes) -> Callable[[int, dict[str, floa
         if plan not in known:
             bare = workload(config, replace(plan, judged=False, rewrite=False), assume)
             work = replace(bare, candidates=plan.original + plan.rewrite + plan.rollouts)
-            known[plan] = (work, costs.training(work, policy, config), workload(config, plan, assume).asked if judge is not None and plan.asks else ())
+            asked = workload(config, plan, assume).asked if judge is not None and plan.asks else ()
+            known[plan] = (work, costs.training(work, policy, config), asked)
         work, trained, asked = known[plan]
         written = replace(work, suffix=metrics["rollout/length"]) if "rollout/length" in metrics else work
         server = costs.Server(policy, find_gpu("H100"), 1, assume)  # of which board does not matter to FLOPs

@@ -65,6 +65,10 @@ def compare(runs: Sequence[Compared], *, group: str | None = None, baseline: str
         for axis, why in one.missing.items():
             missing.setdefault((axis, why), []).append(name)
     notes = [f"{AXES[axis]}: not known of {', '.join(names)}: {why}" for (axis, why), names in missing.items()]
+    for arm in arms:
+        ends = [f"{member.name} {max(member.run.steps):,}" for member in arm.members]
+        if len({max(member.run.steps) for member in arm.members}) > 1:
+            notes.append(f"the runs of {arm.name} end at different steps ({', '.join(ends)}): its curve ends with the shortest, and figures at the end mix them")
     return Comparison(arms, axes, chosen, scores.read_evaluations(runs, evaluations), incomparable(runs), notes, title)
 
 
@@ -122,10 +126,12 @@ def _page(comparison: Comparison, axis: str) -> str:
         sections.append((title, [(panel, by_axis) for panel, by_axis in drawn if by_axis]))
     members = any(len(arm.members) > 1 for arm in arms)
     return page.template("compare.html.j2").render(
-        title=comparison.title, arms=arms, axes={name: AXES[name] for name in shown}, first=axis, warnings=comparison.warnings, notes=comparison.notes,
+        title=comparison.title, arms=arms, axes={name: AXES[name] for name in shown}, first=axis, warnings=comparison.warnings,
+        notes=comparison.notes,
         grouped=members, smoothed=SMOOTHED, end_rows=tables.arm_rows([[member.run for member in arm.members] for arm in arms]),
         scores=scores.ordered(comparison.evaluations), statistics=scores.ordered(comparison.evaluations, "statistics"),
-        score_notes=list(dict.fromkeys(note for one in comparison.evaluations for note in one.notes)), costs=spending.rows(arms, axes, comparison.baseline), baseline=comparison.baseline,
+        score_notes=list(dict.fromkeys(note for one in comparison.evaluations for note in one.notes)),
+        costs=spending.rows(arms, axes, comparison.baseline), baseline=comparison.baseline,
         differences=differences(arms), sections=[section for section in sections if section[1]], lengths=_lengths(comparison),
         continuations=(("Samples of the evaluations", readings.from_evaluations(comparison.evaluations)),
                        ("Pools of the same pairs", readings.from_audits(comparison.runs))))

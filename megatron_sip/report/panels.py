@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from megatron_sip.report import charts
 from megatron_sip.report.arms import Arm, line_of
@@ -54,20 +55,27 @@ def _charted(key: str, title: str | None = None, caption: str | None = None, *, 
 _main = partial(_charted, main=True)
 _LEARNS = (_main("eval/suffix_nll"), _main("loss", "Training loss"), _charted("loss/nll", "NLL of the chosen"), _charted("loss/dpo", "DPO loss"),
            _main("dpo/accuracy"), _main("dpo/margin"), _charted("dpo/kl"), _main("reward", "Reward"), _main("eval/reward", "Reward, held out"))
-_WINS = (_main("chosen/rollout", "Chosen: a rollout", "Above the dotted chance level it is one that the judge really prefers. It starts far below, and rising is self-improvement."),
+_WINS = (_main("chosen/rollout", "Chosen: a rollout", "Above the dotted chance level it is one that the judge really prefers. It starts far below, "
+               "and rising is self-improvement."),
          _charted("chosen/original", "Chosen: the original", ""), _charted("chosen/rewrite", "Chosen: the rewrite", ""),
-         _charted("rejected/rollout", "Rejected: a rollout", "At 1 the judge can always tell it. Falling towards the dotted chance level means that rollouts get harder to tell."),
-         _charted("score/spread"), _charted("pool/tie_rate", "Ties", "They carry no DPO loss."), _charted("pool/dropped_rate", "Dropped pairs", "They carry no loss at all."))
-_JUDGE = (_charted("judge/no_answer_rate", "Questions without an answer", ""), _charted("judge/order_flip_rate", "Verdicts that flip", "With the order of presentation."),
-          _charted("judge/guard_rate", "Caught by the guard", "A rise says that the policy copies or repeats itself."), _charted("judge/latency_p50", "Judge latency, median"),
-          Panel("judge/servers_waiting", "Queue of the judge", "Requests that wait inside the servers when a step ends. A queue that does not empty asks for more servers.",
-                "requests"),
-          _charted("time/wait_judge", "Waiting for the judge", "Of a step: time in which the policy stands still."), _charted("judge/questions", "Questions to the judge", ""))
+         _charted("rejected/rollout", "Rejected: a rollout", "At 1 the judge can always tell it. Falling towards the dotted chance level means that "
+                  "rollouts get harder to tell."),
+         _charted("score/spread"), _charted("pool/tie_rate", "Ties", "They carry no DPO loss."),
+         _charted("pool/dropped_rate", "Dropped pairs", "They carry no loss at all."))
+_JUDGE = (_charted("judge/no_answer_rate", "Questions without an answer", ""),
+          _charted("judge/order_flip_rate", "Verdicts that flip", "With the order of presentation."),
+          _charted("judge/guard_rate", "Caught by the guard", "A rise says that the policy copies or repeats itself."),
+          _charted("judge/latency_p50", "Judge latency, median"),
+          Panel("judge/servers_waiting", "Queue of the judge", "Requests that wait inside the servers when a step ends. A queue that does not empty "
+                "asks for more servers.", "requests"),
+          _charted("time/wait_judge", "Waiting for the judge", "Of a step: time in which the policy stands still."),
+          _charted("judge/questions", "Questions to the judge", ""))
 _WRITES = (_main("rollout/repetition", "Repeated 4-grams", scale="rate"), _main("rollout/prefix_overlap", "4-grams of the prefix", scale="rate"),
            _charted("rollout/distinct_2", "Different pairs of tokens"), _main("rollout/length"))
 _TIMES = (Panel("time/step", "Time of a step", "", "seconds", main=True), _charted("time/rollout", "Writing rollouts", "Of a step."),
-          _charted("time/train", "Training", "Of a step: forward and backward."), _charted("tokens_per_second"), _charted("memory/peak_mb", "Peak memory"),
-          _charted("memory/gpu_peak_mb", "Peak memory of a GPU", ""), _charted("energy/joules"), _charted("grad_norm"))
+          _charted("time/train", "Training", "Of a step: forward and backward."), _charted("tokens_per_second"),
+          _charted("memory/peak_mb", "Peak memory"), _charted("memory/gpu_peak_mb", "Peak memory of a GPU", ""), _charted("energy/joules"),
+          _charted("grad_norm"))
 SECTIONS = (("Does it learn?", _LEARNS), ("Who wins the pools?", _WINS), ("Is the judge well?", _JUDGE), ("What does the policy write?", _WRITES),
             ("What does a step cost?", _TIMES))
 EVALUATED = "Evaluated while training"
@@ -101,10 +109,23 @@ def draw(axes_object, panel: Panel, axis: str, arms: Sequence[Arm], axes: dict[s
             axes_object.plot([value / divisor for value in chance.x], chance.y, color=arm.colour, linestyle=":", linewidth=1.0, alpha=0.8)
     if some:
         charts.scale_values(axes_object, panel.scale)
-        edges = [edge / divisor for arm in arms for member in arm.members if (at := axes[member.name].at.get(axis)) for edge in (min(at.values()), max(at.values()))]
-        room = 0.012 * (max(edges) - min(edges)) or 0.5
-        axes_object.set_xlim(min(edges) - room, max(edges) + room)  # the same for all charts
+        _limit_x(axes_object, axis, arms, axes, divisor)
     return some
+
+
+def _limit_x(axes_object, axis: str, arms: Sequence[Arm], axes: dict[str, Axes], divisor: float) -> None:
+    """The same range for all charts; logarithmic where one arm goes more than thirty times as far as another, which FLOPs with and without a judge do."""
+    by_arm = [[at.values() for member in arm.members if (at := axes[member.name].at.get(axis))] for arm in arms]
+    low = min(max(map(min, some)) for some in by_arm if some) / divisor
+    ends = [min(map(max, some)) / divisor for some in by_arm if some]  # an arm reaches as far as all of its runs do
+    if low > 0 and max(ends) > 30 * min(ends):
+        axes_object.set_xscale("log")
+        axes_object.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes_object.xaxis.set_minor_formatter(NullFormatter())
+        axes_object.set_xlim(low / 1.2, 1.2 * max(ends))
+    else:
+        room = 0.012 * abs(max(ends) - low) or 0.5
+        axes_object.set_xlim(low - room, max(ends) + room)
 
 
 def svg(panel: Panel, axis: str, arms: Sequence[Arm], axes: dict[str, Axes]) -> str | None:
@@ -170,7 +191,8 @@ def scale_of(axis: str, arms: Sequence[Arm], axes: dict[str, Axes]) -> tuple[flo
     """What x is divided by, and what the axis is then called."""
     largest = max((max(at.values()) for arm in arms for member in arm.members if (at := axes[member.name].at.get(axis))), default=0.0)
     if axis == "wall":
-        return (3600.0, "wall time in hours") if largest > 7200 else (60.0, "wall time in minutes") if largest > 180 else (1.0, "wall time in seconds")
+        return next((size, f"wall time in {name}") for size, name, from_ in ((3600.0, "hours", 7200), (60.0, "minutes", 180), (1.0, "seconds", -1))
+                    if largest > from_)
     power = 0 if largest < 1e5 or axis == "step" else 3 * int(math.log10(largest) // 3)
     name = AXES[axis]
     if not power:

@@ -1,6 +1,7 @@
 """The same prefixes as several runs went on from them, to read side by side.
 
-In: runs (their audit.jsonl) and evaluations. Out: at most a handful of :class:`Reading`. Texts are data: they are made visible, and the page escapes them.
+In: runs (their audit.jsonl) and evaluations. Out: at most a handful of :class:`Reading`. Texts are data: they are made visible here, and escaped
+by the page.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Win rates with intervals, from the JSON files of tools/evaluate.py, and as a forest plot.
 
-In: evaluation files of both forms (docs/evaluation.md describes the second; the first was one section without a name). Out: :class:`Evaluation` with its
-sections, rows for the page, a PNG.
+In: evaluation files of both forms (the second has ``format: 2`` and named sections; the first was one section without a name). Out:
+:class:`Evaluation`, rows for the page, a PNG.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def forest(evaluations: Sequence[Evaluation]) -> bytes | None:
     rows = [(evaluation, score) for evaluation, score in ordered(evaluations) if score.win_rate is not None]
     if not rows:
         return None
-    labels = [textwrap.fill(f"{score.section + ': ' if score.section else ''}{score.name}{' (trained on this)' if score.trained_on else ''}", 58)
-              + "\n" + textwrap.fill(f"{score.a} against {score.b}{', ' + evaluation.how if evaluation.how else ''}", 58) for evaluation, score in rows]
+    labels = ["\n".join(textwrap.fill(line, 58) for line in (
+        f"{score.section + ': ' if score.section else ''}{score.name}{' (trained on this)' if score.trained_on else ''}",
+        f"{score.a} against {score.b}{', ' + evaluation.how if evaluation.how else ''}")) for evaluation, score in rows]
     heights = [0.16 * (label.count("\n") + 1) + 0.14 for label in labels]
     with matplotlib.rc_context(charts.RC):
         figure = Figure(figsize=(8.6, sum(heights) + 0.8), layout="constrained", dpi=130)
@@ -138,7 +139,8 @@ def forest(evaluations: Sequence[Evaluation]) -> bytes | None:
             top += height
             if score.interval is not None:
                 one.plot([100 * bound for bound in score.interval], [places[-1]] * 2, color=_colour(score), linewidth=1.6)
-            one.plot([100 * score.win_rate], [places[-1]], "o", color=_colour(score), markerfacecolor=_colour(score) if score.decided else "white", markersize=5)
+            inside = _colour(score) if score.decided else "white"
+            one.plot([100 * score.win_rate], [places[-1]], "o", color=_colour(score), markerfacecolor=inside, markersize=5)
         one.axvline(50, color="#888888", linewidth=1, linestyle=(0, (4, 3)))
         one.set_xlim(-2, 102)
         one.set_ylim(top, 0)

@@ -49,7 +49,8 @@ class Compared:
         if self.config is None:
             return dict(_flatten(self.run.settings))
         tree = self.config.model_dump(mode="json")
-        tree["teacher"]["judges"] = [{"kind": judge.kind, **judge.model_dump(mode="json", exclude_defaults=True)} for judge in self.config.teacher.judges]
+        judges = self.config.teacher.judges
+        tree["teacher"]["judges"] = [{"kind": judge.kind, **judge.model_dump(mode="json", exclude_defaults=True)} for judge in judges]
         return dict(_flatten(tree))
 
 

@@ -55,7 +55,8 @@ _ROWS: tuple[tuple[str, Callable[[float], str]], ...] = (
 def spent(compared: Compared, axes: Axes) -> Spent:
     """Figures of one run."""
     run, config = compared.run, compared.config
-    with_pools = [step for step, metrics in run.steps.items() if (plan_step(config, step).asks if config is not None else "rollout/length" in metrics)]
+    with_pools = [step for step, metrics in run.steps.items()
+                  if (plan_step(config, step).asks if config is not None else "rollout/length" in metrics)]
     steps = with_pools or list(run.steps)
     steps = steps[1:] if len(steps) > 3 else steps
 

@@ -91,7 +91,8 @@ def _with_range(values: list[float], style: str) -> str:
     if not values:
         return "–"
     mean = _written(statistics.fmean(values), style)
-    return mean if len(values) == 1 else f"{mean} ({_written(min(values), style)} – {_written(max(values), style)})"
+    low, high = _written(min(values), style), _written(max(values), style)
+    return mean if low == high else f"{mean} ({low} – {high})"
 
 
 def drops(run: Run) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """The charts of a comparison as a wandb report or workspace, for those who are online.
 
-In: entity, project, x axis, grouping. Out: objects of the package ``wandb-workspaces`` (extra ``wandb-reports``); whoever calls :func:`spec` or ``save()``
-needs no network for the first and an account for the second.
+In: entity, project, x axis, grouping. Out: objects of the package ``wandb-workspaces`` (extra ``wandb-reports``). What they would send is told by
+:func:`spec` without network; their own ``save()`` sends it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_sip.report.records import ReportError
 
 X_AXES = {"step": "Step", "pairs": "consumed_pairs", "wall": "wall"}  # the trainer logs the last two
 _COLUMNS, _WIDTH, _HEIGHT = 3, 8, 7  # of wandb's grid, which is 24 wide
-_TIMES = (("time/rollout", "rollouts"), ("time/wait_judge", "waiting for the judge"), ("time/train", "training"), ("time/sync", "weight sync"), ("time/other", "other"))
+_TIMES = ("time/rollout", "time/wait_judge", "time/train", "time/sync", "time/other")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def report(layout: Layout) -> Any:
         if captions:
             blocks.append(reports.UnorderedList(items=captions))
     return reports.Report(entity=layout.entity, project=layout.project, title=layout.title, width="fluid", blocks=blocks,
-                          description="Made by tools/wandb_report.py of megatron_sip. Curves compare only between runs with the same tokenizer and pairs.")
+                          description="Curves compare only between runs with the same tokenizer and pairs. Made by tools/wandb_report.py.")
 
 
 def workspace(layout: Layout) -> Any:
@@ -72,7 +72,8 @@ def workspace(layout: Layout) -> Any:
         sections.append(workspaces.Section(name=title, panels=placed, is_open=len(sections) < 3))
     grouping = {} if layout.group is None else {"groupby": [workspaces.Config(layout.group)]}
     return workspaces.Workspace(
-        entity=layout.entity, project=layout.project, name=layout.title, sections=sections, settings=workspaces.WorkspaceSettings(x_axis=X_AXES[layout.x]),
+        entity=layout.entity, project=layout.project, name=layout.title, sections=sections,
+        settings=workspaces.WorkspaceSettings(x_axis=X_AXES[layout.x]),
         runset_settings=workspaces.RunsetSettings(query=layout.query, regex_query=bool(layout.query), **grouping))
 
 
@@ -88,7 +89,7 @@ def spec(made: Any) -> dict[str, Any]:
         raise ReportError(f"this version of wandb-workspaces does not tell what it would send ({error}); install 0.4") from None
 
 
-def _sections() -> list[tuple[str, list[Panel | None]]]:
+def _sections() -> list[tuple[str, list[Panel]]]:
     """Those of a comparison; whatever metrics ``evaluation/…`` there are stand behind the first."""
     found = [(title, list(panels)) for title, panels in SECTIONS]
     return [found[0], (EVALUATED, [Panel("evaluation/", "Evaluation", "Whatever the run evaluates while it trains.", smooth=False)]), *found[1:]]
@@ -99,11 +100,12 @@ def _plot(panel: Panel, layout: Layout, reports: Any, place: int | None) -> Any:
     limits = {"range_y": (0.0, 1.0)} if panel.scale == "share" else {"log_y": True} if panel.scale == "log" else {}
     smooth = {"smoothing_type": "gaussian", "smoothing_factor": 0.5, "smoothing_show_original": True} if panel.smooth else {"smoothing_type": "none"}
     grouped = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"} if layout.group else {}
-    return reports.LinePlot(title=panel.title, x=X_AXES[layout.x], title_y=panel.unit or None, **what, **limits, **smooth, **grouped, **_at(place, reports))
+    return reports.LinePlot(title=panel.title, x=X_AXES[layout.x], title_y=panel.unit or None, **what, **limits, **smooth, **grouped,
+                            **_at(place, reports))
 
 
 def _stack(layout: Layout, reports: Any, place: int | None) -> Any:
-    return reports.LinePlot(title="Where the time goes (of one run)", x=X_AXES[layout.x], y=[key for key, _ in _TIMES], title_y="seconds",
+    return reports.LinePlot(title="Where the time goes (of one run)", x=X_AXES[layout.x], y=list(_TIMES), title_y="seconds",
                             plot_type="stacked-area", max_runs_to_show=1, **_at(place, reports))
 
 
@@ -118,5 +120,5 @@ def _library() -> tuple[Any, Any]:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
-        raise ReportError(f"wandb-workspaces is not installed ({error}); pip install 'megatron_sip[wandb-reports]', or pip install wandb-workspaces") from None
+        raise ReportError(f"wandb-workspaces is not installed ({error}); pip install -e '.[wandb-reports]', or pip install wandb-workspaces") from None
     return reports, workspaces

@@ -26,7 +26,8 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 def logs_in(folder: Path) -> list[Path]:
     """The logs in a folder of one wandb run, or in the folders of runs below it, oldest first."""
-    return sorted(folder.glob("*.wandb")) or sorted((*folder.glob("offline-run-*/*.wandb"), *folder.glob("run-*/*.wandb")), key=lambda p: p.parent.name[-24:])
+    below = (*folder.glob("offline-run-*/*.wandb"), *folder.glob("run-*/*.wandb"))
+    return sorted(folder.glob("*.wandb")) or sorted(below, key=lambda log: log.parent.name.removeprefix("offline-"))  # then comes the time
 
 
 def read_log(path: Path) -> Run:
@@ -141,7 +142,7 @@ def _records(path: Path) -> Iterator[Any]:
         try:
             record.ParseFromString(data)
         except Exception as error:  # protobuf's own; its checksum was right
-            raise ReportError(f"{path}, byte {offset}: no wandb record that this version of wandb reads ({error}); give the run's folder instead") from None
+            raise ReportError(f"{path}, byte {offset}: no record that this version of wandb reads ({error}); give the run's folder instead") from None
         yield record
 
 

@@ -26,7 +26,8 @@ def config(folder: Path, name: str, *overrides: str) -> RunConfig:
     return loaded
 
 
-def write_run(folder: Path, name: str, metrics: Callable[[int], dict[str, float]], *overrides: str, steps: int = 8, pools: Sequence[Judged] = ()) -> Path:
+def write_run(folder: Path, name: str, metrics: Callable[[int], dict[str, float]], *overrides: str, steps: int = 8,
+              pools: Sequence[Judged] = ()) -> Path:
     """metrics.jsonl, run.yaml and audit.jsonl; the steps carry what every step of a run does."""
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(dump_config(config(folder, name, *overrides)), encoding="utf-8")
@@ -59,13 +60,14 @@ def comparison_of(name: str, gain: float, **more: Any) -> dict[str, Any]:
 
 
 def first_form(a: str, b: str) -> dict[str, Any]:
-    return {"model_a": a, "model_b": b, "prefixes": 40, "max_tokens": 16, "temperature": 0.0, "comparisons": [comparison_of("judge: quality", 1.0, trained_on=True)],
-            "statistics": [comparison_of("length", 0.5)], "originals": {"length": 3.0}, "guarded": {}, "different_texts": [1.0, 1.0],
+    return {"model_a": a, "model_b": b, "prefixes": 40, "max_tokens": 16, "temperature": 0.0,
+            "comparisons": [comparison_of("judge: quality", 1.0, trained_on=True)], "statistics": [comparison_of("length", 0.5)], "originals": {"length": 3.0}, "guarded": {}, "different_texts": [1.0, 1.0],
             "samples": [{"pair": "p", "prefix": "Once upon", "original": "a time", "a": "from A", "b": "from B"}]}
 
 
 def second_form(a: str, b: str) -> dict[str, Any]:
-    section = {"name": "unsafe prefixes", "items": 40, "comparisons": [comparison_of("judge: safety", 0.0)], "statistics": [], "originals": {}, "guarded": {},
-               "order_flips": {}, "different_texts": None, "samples": [{"pair": "q", "prefix": "Once upon", "original": "", "a": "unsafe A", "b": ""}],
+    section = {"name": "unsafe prefixes", "items": 40, "comparisons": [comparison_of("judge: safety", 0.0)], "statistics": [], "originals": {},
+               "guarded": {}, "order_flips": {}, "different_texts": None,
+               "samples": [{"pair": "q", "prefix": "Once upon", "original": "", "a": "unsafe A", "b": ""}],
                "notes": ["Asked in both orders."], "details": {}}
     return {"format": 2, "model_a": a, "model_b": b, "seed": 1, "max_tokens": 16, "temperature": 1.0, "evaluators": [], "sections": [section]}

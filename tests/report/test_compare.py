@@ -58,7 +58,8 @@ def test_the_page_shows_what_the_runs_wrote(compared):
     settings = part(page, "Settings that differ", "The prefix on grey")
     assert "objective.beta" in settings and "0.3" in settings and "pool.rollouts" in settings and "train.train_iters" not in settings
     texts = part(page, "The prefix on grey")
-    for shown in ("Once upon", "from A", "unsafe A", "Pools of the same pairs", "wiki_text_document, document 7, token 256", TEXTS[2], "step 1 · rollout 0 · rejected"):
+    for shown in ("Once upon", "from A", "unsafe A", "Pools of the same pairs", "wiki_text_document, document 7, token 256", TEXTS[2],
+                  "step 1 · rollout 0 · rejected"):
         assert shown in texts, shown
     assert "not comparable" not in page.text
 
@@ -78,7 +79,8 @@ def test_pictures_and_tables_stand_beside_the_page(compared):
     assert all(path.read_bytes().startswith(PNG) for path in (compared / "summary.png", *(compared / "charts").iterdir()))
     history = list(csv.DictReader((compared / "history.csv").open(encoding="utf-8")))
     assert {"run": "ntp", "step": "3", "metric": "loss", "value": "4.7"} in history
-    assert {"run": "ntp", "step": "3", "metric": "x/wall", "value": "6.0"} in history and {"run": "other", "step": "8", "metric": "x/tokens", "value": "1280.0"} in history
+    assert {"run": "ntp", "step": "3", "metric": "x/wall", "value": "6.0"} in history
+    assert {"run": "other", "step": "8", "metric": "x/tokens", "value": "1280.0"} in history
     final = {(row["run"], row["metric"]): float(row["value"]) for row in csv.DictReader((compared / "final.csv").open(encoding="utf-8"))}
     assert final["ntp", "loss"] == pytest.approx(4.2) and final["other", "cost/questions to the judge, a step"] == 12.0
     scored = list(csv.DictReader((compared / "scores.csv").open(encoding="utf-8")))
@@ -112,7 +114,8 @@ def test_a_judge_of_unknown_size_leaves_total_flops_unknown_and_says_so(tmp_path
 
 
 def test_seeds_of_an_arm_are_a_mean_and_a_band_where_all_have_values(tmp_path):
-    folders = [next_token(tmp_path / f"r{seed}", f"ntp_seed{seed}", offset, steps=steps) for seed, offset, steps in ((1, 0.0, 8), (2, 1.0, 6), (30, 0.5, 8))]
+    folders = [next_token(tmp_path / f"r{seed}", f"ntp_seed{seed}", offset, steps=steps)
+               for seed, offset, steps in ((1, 0.0, 8), (2, 1.0, 6), (30, 0.5, 8))]
     runs = read_sources([str(folder) for folder in (*folders, preference(tmp_path / "sip"))])
     arms = arms_of(runs, "name")
     assert [(arm.name, len(arm.members)) for arm in arms] == [("ntp", 3), ("sip", 1)]
@@ -126,6 +129,7 @@ def test_seeds_of_an_arm_are_a_mean_and_a_band_where_all_have_values(tmp_path):
     assert line_of(arms[0], "chosen/rollout", "step", axes, smooth=True) is None
     by_key = arms_of(runs, "objective.dpo_weight")
     assert [(arm.name, len(arm.members)) for arm in by_key] == [("objective.dpo_weight = 0.0", 3), ("objective.dpo_weight = 1.0", 1)]
+    assert any("the runs of ntp end at different steps (ntp_seed1 8, ntp_seed2 6, ntp_seed30 8)" in note for note in compare(runs, group="name").notes)
     assert dict(differences(arms))["objective.dpo_weight"] == ["0.0", "1.0"] and "run.name" not in dict(differences(arms))
     with pytest.raises(ReportError, match="no run has such a setting.*e.g. objective.beta"):
         arms_of(runs, "objective.betta")

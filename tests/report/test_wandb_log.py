@@ -25,7 +25,8 @@ def resumed(tmp_path_factory) -> Path:
         run_id = writer.run_id
         for step in steps:
             # Enough metrics for records that cross the log's blocks of 32 KiB.
-            writer.write(step, {"loss": 5.0 - step / 7 - last, "time/step": 1.0, "tokens_per_second": 2.0, **{f"evaluation/m{i}": i / step for i in range(400)}})
+            many = {f"evaluation/m{i}": i / step for i in range(400)}
+            writer.write(step, {"loss": 5.0 - step / 7 - last, "time/step": 1.0, "tokens_per_second": 2.0, **many})
         writer.close()
     (folder / "run.yaml").write_text(dump_config(settings))
     return folder
