@@ -86,9 +86,16 @@ def panels_of(arms: Sequence[Arm]) -> list[tuple[str, list[Panel]]]:
     measured = {key for arm in arms for member in arm.members for metrics in member.run.steps.values() for key in metrics}
     listed = {panel.key for _, panels in SECTIONS for panel in panels}
     found = [(title, [panel for panel in panels if panel.key in measured]) for title, panels in SECTIONS]
-    extra = [Panel(key, key.partition("/")[2].replace("_", " ").replace("/", ": ") or key, unit="", smooth=False, main=key.startswith("evaluation/"))
-             for key in sorted(measured - listed) if key.startswith(("evaluation/", "eval/"))]
+    extra = [_evaluated(key) for key in sorted(measured - listed) if key.startswith(("evaluation/", "eval/"))]
     return [(title, panels) for title, panels in (found[0], (EVALUATED, extra), *found[1:]) if panels]
+
+
+def _evaluated(key: str) -> Panel:
+    """A metric of an evaluation; with unit and caption where the run page charts it."""
+    title, known = key.partition("/")[2].replace("_", " ").replace("/", ": "), [chart for section in charts.SECTIONS for chart in section.charts]
+    chart = next((chart for chart in known for line, _ in chart.lines if line == key or (line.endswith("*") and key.startswith(line[:-1]))), None)
+    panel = Panel(key, title[:1].upper() + title[1:], smooth=False, main=key.startswith("evaluation/"))
+    return panel if chart is None else replace(panel, caption=chart.caption, unit=chart.unit, scale=chart.scale)
 
 
 def draw(axes_object, panel: Panel, axis: str, arms: Sequence[Arm], axes: dict[str, Axes], divisor: float) -> bool:

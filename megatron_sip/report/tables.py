@@ -79,6 +79,7 @@ def end_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def arm_rows(arms: Sequence[Sequence[Run]]) -> list[tuple[str, list[str]]]:
     """(label, one value an arm): the mean over its runs with the lowest and highest. Metrics ``evaluation/…`` come under their own names."""
     families = {key for runs in arms for run in runs for metrics in run.steps.values() for key in metrics if key.startswith("evaluation/")}
+    families -= {key for key, _, _ in _AT_END}
     rows = []
     for key, label, style in (*_AT_END[:1], *((key, f"{key} (last)", ".4g") for key in sorted(families)), *_AT_END[1:]):
         values = [[value for run in runs if (value := at_end(run, key)) is not None] for runs in arms]

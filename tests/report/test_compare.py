@@ -47,7 +47,7 @@ def part(page: Page, first: str, last: str | None = None) -> str:
 
 def test_the_page_shows_what_the_runs_wrote(compared):
     page = Page(compared / "comparison.html")
-    assert {"Training loss", "Chosen: a rollout", "ordinary: win rate", "Waiting for the judge", "Peak memory", "Time of a step"} <= set(page.titles)
+    assert {"Training loss", "Chosen: a rollout", "Ordinary: win rate", "Waiting for the judge", "Peak memory", "Time of a step"} <= set(page.titles)
     assert page.tags.count("input") == 5  # an axis each
     rates = part(page, "Share of prefixes on which A is better", "FLOPs are computed")
     assert "75.0%" in rates and "30 / 0 / 10" in rates and "trained on this" in rates  # 30 of 40 won, none tied
