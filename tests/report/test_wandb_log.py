@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from compared_runs import NEXT_TOKEN, config
 
-from megatron_sip.config import dump_config
 from megatron_sip.report.records import ReportError, read_run
 from megatron_sip.report.sources import read_sources
 from megatron_sip.report.wandb_log import logs_in, read_log
+
+_STOP_AND_RESUME = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[2])
+from compared_runs import NEXT_TOKEN, config
+
+from megatron_sip.config import dump_config
 from megatron_sip.training.metrics import MetricsWriter
+
+folder = Path(sys.argv[1])
+settings = config(folder, "resumed run", "log.wandb=offline", *NEXT_TOKEN)
+run_id = None
+for last, steps in ((0, range(1, 6)), (4, range(5, 9))):
+    writer = MetricsWriter(settings, last, 0.0, run_id)
+    run_id = writer.run_id
+    for step in steps:
+        # Enough metrics for records that cross the log's blocks of 32 KiB.
+        many = {f"evaluation/m{i}": i / step for i in range(400)}
+        writer.write(step, {"loss": 5.0 - step / 7 - last, "time/step": 1.0, "tokens_per_second": 2.0, **many})
+    writer.close()
+(folder / "run.yaml").write_text(dump_config(settings))
+"""
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory) -> Path:
-    """A run folder: five steps, then a stop after the fourth was saved and four more steps, in two wandb folders of one id."""
+    """A run folder: five steps, then a stop after the fourth was saved and four more steps, in two wandb folders of one id.
+
+    In a process of its own: wandb leaves its service behind, and the address of it in the environment.
+    """
     folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = config(folder, "resumed run", "log.wandb=offline", *NEXT_TOKEN)
-    run_id = None
-    for last, steps in ((0, range(1, 6)), (4, range(5, 9))):
-        writer = MetricsWriter(settings, last, 0.0, run_id)
-        run_id = writer.run_id
-        for step in steps:
-            # Enough metrics for records that cross the log's blocks of 32 KiB.
-            many = {f"evaluation/m{i}": i / step for i in range(400)}
-            writer.write(step, {"loss": 5.0 - step / 7 - last, "time/step": 1.0, "tokens_per_second": 2.0, **many})
-        writer.close()
-    (folder / "run.yaml").write_text(dump_config(settings))
+    done = subprocess.run([sys.executable, "-c", _STOP_AND_RESUME, str(folder), str(Path(__file__).parent)], cwd=Path(__file__).resolve().parents[2],
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
