@@ -16,13 +16,13 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron_sip.report import charts
 from megatron_sip.report.arms import Arm, line_of
 from megatron_sip.report.axes import AXES, Axes
 
-_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _COUNTS = {0: "", 3: "thousands", 6: "millions", 9: "billions", 12: "trillions"}
 
 
@@ -121,18 +121,31 @@ def draw(axes_object, panel: Panel, axis: str, arms: Sequence[Arm], axes: dict[s
 
 
 def _limit_x(axes_object, axis: str, arms: Sequence[Arm], axes: dict[str, Axes], divisor: float) -> None:
-    """The same range for all charts; logarithmic where one arm goes more than thirty times as far as another, which FLOPs with and without a judge do."""
-    by_arm = [[at.values() for member in arm.members if (at := axes[member.name].at.get(axis))] for arm in arms]
-    low = min(max(map(min, some)) for some in by_arm if some) / divisor
-    ends = [min(map(max, some)) / divisor for some in by_arm if some]  # an arm reaches as far as all of its runs do
-    if low > 0 and max(ends) > 30 * min(ends):
+    """The same range for all charts."""
+    low, ends = _reach(axis, arms, axes)
+    if _far_apart(low, ends):
         axes_object.set_xscale("log")
-        axes_object.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes_object.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(math.log10(value))))
         axes_object.xaxis.set_minor_formatter(NullFormatter())
         axes_object.set_xlim(low / 1.2, 1.2 * max(ends))
     else:
-        room = 0.012 * abs(max(ends) - low) or 0.5
-        axes_object.set_xlim(low - room, max(ends) + room)
+        room = 0.012 * (max(ends) - low) or 0.5
+        axes_object.set_xlim((low - room) / divisor, (max(ends) + room) / divisor)
+
+
+def _reach(axis: str, arms: Sequence[Arm], axes: dict[str, Axes]) -> tuple[float, list[float]]:
+    """Where the first arm begins and where each ends: as far as all of its runs go."""
+    by_arm = [[at.values() for member in arm.members if (at := axes[member.name].at.get(axis))] for arm in arms]
+    return min((max(map(min, some)) for some in by_arm if some), default=0.0), [min(map(max, some)) for some in by_arm if some] or [0.0]
+
+
+def _far_apart(low: float, ends: list[float]) -> bool:
+    """One arm goes more than thirty times as far as another, which FLOPs with and without a judge do: the axis is logarithmic."""
+    return low > 0 and max(ends) > 30 * min(ends)
+
+
+def _power(exponent: float) -> str:
+    return f"10{str(round(exponent)).translate(_SUPERSCRIPT)}"
 
 
 def svg(panel: Panel, axis: str, arms: Sequence[Arm], axes: dict[str, Axes]) -> str | None:
@@ -196,15 +209,16 @@ def as_png(figure: Figure) -> bytes:
 
 def scale_of(axis: str, arms: Sequence[Arm], axes: dict[str, Axes]) -> tuple[float, str]:
     """What x is divided by, and what the axis is then called."""
-    largest = max((max(at.values()) for arm in arms for member in arm.members if (at := axes[member.name].at.get(axis))), default=0.0)
+    low, ends = _reach(axis, arms, axes)
+    largest, logarithmic = max(ends), _far_apart(low, ends)
     if axis == "wall":
         return next((size, f"wall time in {name}") for size, name, from_ in ((3600.0, "hours", 7200), (60.0, "minutes", 180), (1.0, "seconds", -1))
-                    if largest > from_)
-    power = 0 if largest < 1e5 or axis == "step" else 3 * int(math.log10(largest) // 3)
+                    if (largest > from_ and not logarithmic) or size == 1.0)
+    power = 0 if largest < 1e5 or axis == "step" or logarithmic else 3 * int(math.log10(largest) // 3)
     name = AXES[axis]
     if not power:
         return 1.0, name
-    return 10.0**power, f"{name} ({_COUNTS[power]})" if axis == "tokens" and power in _COUNTS else f"{name} (10{str(power).translate(_SUPERSCRIPT)})"
+    return 10.0**power, f"{name} ({_COUNTS[power]})" if axis == "tokens" and power in _COUNTS else f"{name} ({_power(power)})"
 
 
 def without_caption_repeats(panels: Sequence[Panel]) -> list[Panel]:

@@ -98,7 +98,7 @@ def _evaluation(path: Path, tree: dict[str, Any], runs: Sequence[Compared]) -> E
         tuple(_score(name, c, a, b) for name, section in named for c in _objects(section.get("statistics"))),
         {(name, str(key)): value for name, section in named for key, value in (section.get("originals") or {}).items() if is_number(value)},
         tuple((name, sample) for name, section in named for sample in _objects(section.get("samples"))),
-        tuple(visible(str(note)) for _, section in named for note in section.get("notes") or []))
+        tuple(visible(str(note)) for each in (*([tree] if form > 1 else []), *sections) for note in each.get("notes") or []))
 
 
 def model_name(model: str, runs: Sequence[Compared]) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from report_runs import judged
 
 from megatron_sip.config import RunConfig, dump_config, load_config
-from megatron_sip.evaluation.statistics import compare
+from megatron_sip.evaluation.report import Report
+from megatron_sip.evaluation.statistics import Comparison, compare
+from megatron_sip.evaluation.suites import Sample, Section
 from megatron_sip.training.metrics import audit_record
 from megatron_sip.training.stream import Judged
 
@@ -51,23 +54,21 @@ def preference(folder: Path, name: str = "sip", *overrides: str, **more: Any) ->
         "memory/peak_mb": 300.0}, *JUDGED, *overrides, **more)
 
 
-def comparison_of(name: str, gain: float, **more: Any) -> dict[str, Any]:
-    """As tools/evaluate.py computes it, over 40 prefixes; A is better by ``gain`` on three of four."""
-    from dataclasses import asdict
-
+def comparison_of(name: str, gain: float, **more: Any) -> Comparison:
+    """Over 40 prefixes; A is better by ``gain`` on three of four."""
     b = [float(i % 5) for i in range(40)]
-    return asdict(compare(name, [value + (gain if i % 4 else -gain) for i, value in enumerate(b)], b, seed=1, **more))
+    return compare(name, [value + (gain if i % 4 else -gain) for i, value in enumerate(b)], b, seed=1, **more)
 
 
 def first_form(a: str, b: str) -> dict[str, Any]:
     return {"model_a": a, "model_b": b, "prefixes": 40, "max_tokens": 16, "temperature": 0.0,
-            "comparisons": [comparison_of("judge: quality", 1.0, trained_on=True)], "statistics": [comparison_of("length", 0.5)], "originals": {"length": 3.0}, "guarded": {}, "different_texts": [1.0, 1.0],
+            "comparisons": [asdict(comparison_of("judge: quality", 1.0, trained_on=True))], "statistics": [asdict(comparison_of("length", 0.5))],
+            "originals": {"length": 3.0}, "guarded": {}, "different_texts": [1.0, 1.0],
             "samples": [{"pair": "p", "prefix": "Once upon", "original": "a time", "a": "from A", "b": "from B"}]}
 
 
 def second_form(a: str, b: str) -> dict[str, Any]:
-    section = {"name": "unsafe prefixes", "items": 40, "comparisons": [comparison_of("judge: safety", 0.0)], "statistics": [], "originals": {},
-               "guarded": {}, "order_flips": {}, "different_texts": None,
-               "samples": [{"pair": "q", "prefix": "Once upon", "original": "", "a": "unsafe A", "b": ""}],
-               "notes": ["Asked in both orders."], "details": {}}
-    return {"format": 2, "model_a": a, "model_b": b, "seed": 1, "max_tokens": 16, "temperature": 1.0, "evaluators": [], "sections": [section]}
+    """By the evaluation's own classes."""
+    section = Section("unsafe prefixes", 40, (comparison_of("judge: safety", 0.0),), samples=(Sample("q", "Once upon", "", "unsafe A", ""),),
+                      notes=("Asked in both orders.",))
+    return asdict(Report(2, a, b, 1, 16, 1.0, (), ("Of the whole evaluation.",), (section,)))

@@ -13,6 +13,7 @@ from compared_runs import first_form, next_token, preference, second_form
 from report_runs import TEXTS, judged
 from test_page import HOSTILE, REPOSITORY, Page
 
+from megatron_sip.report import panels
 from megatron_sip.report.arms import arms_of, line_of
 from megatron_sip.report.axes import Sizes, axes_of
 from megatron_sip.report.comparison import compare, differences, write_comparison
@@ -52,6 +53,7 @@ def test_the_page_shows_what_the_runs_wrote(compared):
     rates = part(page, "Share of prefixes on which A is better", "FLOPs are computed")
     assert "75.0%" in rates and "30 / 0 / 10" in rates and "trained on this" in rates  # 30 of 40 won, none tied
     assert "unsafe prefixes: judge: safety" in rates and "50.0%" in rates and "base/hf" in rates
+    assert "Asked in both orders." in rates and "Of the whole evaluation." in rates
     costs = part(page, "FLOPs are computed", "Choose above")
     for shown in ("× 3.00", "12.0", "1,000", "80", "48 s", "16 s"):  # 6 s of a step against 2; 10 tokens x 2 rollouts x 4 pairs; 8 steps of 6 s
         assert shown in costs, shown
@@ -105,6 +107,17 @@ def test_axes_are_running_totals_and_flops_are_those_of_the_formulas(tmp_path):
     # 1,020 tokens through a judge of a billion: 2 FLOPs a parameter (all but the input embedding), and a little attention.
     assert 1020 * 2 * 0.6e9 < one.asked < 1020 * 2 * 1.2e9
     assert judge.at["total_flops"][8] == pytest.approx(8 * (one.policy + one.reference + one.rollouts + one.asked))
+
+
+def test_x_has_a_readable_unit_and_is_logarithmic_where_arms_go_far_apart(tmp_path):
+    ntp, sip = read_sources([str(next_token(tmp_path / "a")), str(preference(tmp_path / "b"))])
+    arms, axes = arms_of([ntp, sip], None), {run.name: axes_of(run, Sizes(judge_parameters=1e12)) for run in (ntp, sip)}
+    assert panels.scale_of("tokens", arms, axes) == (1.0, "trained tokens") and panels.scale_of("wall", arms, axes) == (1.0, "wall time in seconds")
+    assert panels.scale_of("training_flops", arms, axes) == (1e9, "training FLOPs (10⁹)")
+    assert panels.scale_of("total_flops", arms, axes) == (1.0, "total FLOPs")  # 10⁸ beside 10¹⁶: as they are, on a logarithmic axis
+    loss = next(panel for _, some in panels.panels_of(arms) for panel in some if panel.key == "loss")
+    drawn = panels.svg(loss, "total_flops", arms, axes)
+    assert "10⁹" in drawn and "10¹⁵" in drawn and "10⁹" not in panels.svg(loss, "step", arms, axes)
 
 
 def test_a_judge_of_unknown_size_leaves_total_flops_unknown_and_says_so(tmp_path):
