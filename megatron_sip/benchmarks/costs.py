@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_sip.benchmarks.step import dataset, ours
 from megatron_sip.config import load_config
+from megatron_sip.training.resources import package_joules
 
-_COUNTERS = Path("/sys/class/powercap")
 _NEXT_TOKEN = ("pool.original=true", "pool.rollouts=0", "objective.nll_weight=1.0", "objective.dpo_weight=0.0", "objective.nll_on=all",
                "objective.reference=none", "teacher.judges=[]", "teacher.urls=[]")
 
@@ -70,14 +70,14 @@ def resources(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for number in range(options.rounds):
         for name, point, overrides in [("next-token", points[0], _NEXT_TOKEN), *((f"K = {point.rollouts}", point, ()) for point in points)]:
             watch: list[int] = []
-            before, began = _joules(), time.monotonic()
+            before, began = package_joules(), time.monotonic()
             records, _ = _run(point, options, scratch, f"{number}-{name.replace(' ', '')}", watch=watch, overrides=overrides)
-            after, whole = _joules(), time.monotonic() - began
+            after, whole = package_joules(), time.monotonic() - began
             power = (after - before) / whole if before is not None and after is not None else options.watts
             step = statistics.median(record["time/step"] for record in records)
             found.setdefault(name, []).append((step, max(watch) / 2**20, power and power * step))
     base = statistics.median(step for step, *_ in found["next-token"])
-    counted = "counted by powercap" if _joules() is not None else f"{options.watts} W x time" if options.watts else "no counter here, and no --watts"
+    counted = "counted by powercap" if package_joules() is not None else f"{options.watts} W x time" if options.watts else "no counter here, and no --watts"
     print(f"| | s a step | ratio | peak memory, MB | J a step ({counted}) |\n|---|---|---|---|---|")
     for name, rows in found.items():
         step, peak = statistics.median(row[0] for row in rows), max(row[1] for row in rows)
@@ -101,12 +101,3 @@ def _flops(run: Path) -> tuple[float, float]:
 
     plan = make_plan(load_config(run / "run.yaml", ["objective.shared_prefix=true"]), Options(trainer_gpus=1, judge_parameters=1e9))
     return plan.training.flops, plan.rollouts.prefill_flops + plan.rollouts.decode_flops
-
-
-def _joules() -> float | None:
-    """Energy counters of the processor packages, summed; None without readable ones."""
-    try:
-        files = [folder / "energy_uj" for folder in _COUNTERS.glob("intel-rapl:[0-9]*") if folder.name.count(":") == 1]
-        return sum(int(file.read_text()) for file in files) / 1e6 if files else None
-    except OSError:
-        return None

@@ -23,7 +23,7 @@ from megatron_sip.report.records import Run
 _COLOURS = ("#1f6fb2", "#d1622b", "#3a8f4d", "#8453a5", "#7a7a7a")
 _STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _POINTS = 600  # of one line; longer series are drawn as means of equal shares
-_RC = {
+RC = {
     "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.edgecolor": "#888888", "axes.axisbelow": True,
     "axes.labelcolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False, "legend.fontsize": 8.5,
@@ -147,6 +147,10 @@ SECTIONS = (
               "The thickest band is what to make faster. Waiting for the judge is time in which the policy stands still; rollouts of servers may overlap with it.", "seconds", kind="stack"),
         Chart("Throughput", (("tokens_per_second", "tokens"),), "Trained tokens (prefix and suffix of each pair) per second of the whole step.",
               "tokens per second", scale="log"),
+        Chart("Peak memory", (("memory/peak_mb", "resident"), ("memory/gpu_peak_mb", "allocated on the GPU")),
+              "Largest of any rank so far; servers are not counted. A line that goes on climbing is a leak.", "MiB", smooth=False),
+        Chart("Energy", (("energy/joules", "counted"),), "Of a step: processor packages and the ranks' GPUs, where their counters can be read. "
+              "Whatever else runs on these nodes is in it, servers elsewhere are not.", "joules"),
         Chart("Gradient norm", (("grad_norm", "before clipping"),), "Spikes that come back are a learning rate too high; zero is nothing to learn from.", scale="log"),
         Chart("Learning rate", (("lr", "learning rate"),), "Warm-up, then decay, as configured.", smooth=False),
     )),
@@ -161,7 +165,7 @@ def draw(chart: Chart, runs: Sequence[tuple[str, Run]]) -> str | None:
         return None
     if chart.kind == "stack":
         measured = measured[:1]
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": chart.title}):
+    with matplotlib.rc_context({**RC, "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(5.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         present = _stack(axes, chart, measured[0][1]) if chart.kind == "stack" else _draw_lines(axes, chart, runs)
@@ -169,11 +173,11 @@ def draw(chart: Chart, runs: Sequence[tuple[str, Run]]) -> str | None:
         axes.set_ylabel(chart.unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.01)
-        _scale(axes, chart)
+        scale_values(axes, chart.scale)
         if chart.kind == "stack" and len(runs) > 1:
             axes.set_title(measured[0][0], loc="right", fontsize="small")
         _legend(figure, chart, present, [label for label, _ in measured], [label for label, _ in runs])
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _spelt_out(chart: Chart, runs: Sequence[Run]) -> Chart:
@@ -206,14 +210,15 @@ def _draw_lines(axes, chart: Chart, runs: Sequence[tuple[str, Run]]) -> list[tup
     return present
 
 
-def _scale(axes, chart: Chart) -> None:
+def scale_values(axes, scale: str) -> None:
+    """Limits and scale of the value axis; see :class:`Chart`."""
     values = [value for line in axes.get_lines() for value in line.get_ydata()]
-    if chart.scale == "share":
+    if scale == "share":
         axes.set_ylim(-0.03, 1.03)
-    elif chart.scale == "rate":
+    elif scale == "rate":
         top = max(0.05, *values)
         axes.set_ylim(-0.03 * top, 1.1 * top)
-    elif chart.scale == "log" and min(values) > 0:
+    elif scale == "log" and min(values) > 0:
         axes.set_yscale("log")
         decades = max(values) / min(values) > 30
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 3.0, 5.0)))
@@ -247,11 +252,11 @@ def _legend(figure: Figure, chart: Chart, present: list[tuple[str, str]], drawn:
         figure.legend(handles, texts, loc="outside upper left", ncols=3, handlelength=2.2, columnspacing=1.2)
 
 
-def thin(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
-    """At most ``_POINTS`` points: means of equal shares of a longer series."""
-    if len(steps) <= _POINTS:
+def thin(steps: Sequence[float], values: Sequence[float], points: int = _POINTS) -> tuple[list[float], list[float]]:
+    """At most so many points: means of equal shares of a longer series."""
+    if len(steps) <= points:
         return list(steps), list(values)
-    edges = [len(steps) * i // _POINTS for i in range(_POINTS + 1)]
+    edges = [len(steps) * i // points for i in range(points + 1)]
     shares = list(itertools.pairwise(edges))
     return [sum(steps[a:b]) / (b - a) for a, b in shares], [sum(values[a:b]) / (b - a) for a, b in shares]
 
@@ -265,7 +270,8 @@ def running_median(values: list[float], width: int) -> list[float]:
     return medians
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure as text that can stand inside a page."""
     text = io.StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()

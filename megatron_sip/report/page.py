@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
 import jinja2
+import markupsafe
 
 from megatron_sip.report import charts, pools, tables
 from megatron_sip.report.records import ReportError, Run, read_audit, read_run
@@ -24,12 +26,19 @@ def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
         ReportError: a folder without finished steps, a damaged file, or no room to write.
     """
     runs = [read_run(Path(folder)) for folder in (run_dir, *compare)]
-    page = render(runs)
-    path = Path(run_dir) / "report.html"
+    return write(Path(run_dir) / "report.html", [render(runs).encode("utf-8", errors="replace")])
+
+
+def write(path: Path, parts: Iterable[bytes]) -> Path:
+    """Write a file aside and give it its name when all of it is on the disk.
+
+    Raises:
+        ReportError: no room, or no right to write there.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
+        with aside.open("wb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -38,6 +47,20 @@ def write_report(run_dir: Path, compare: Sequence[Path] = ()) -> Path:
     finally:
         aside.unlink(missing_ok=True)
     return path
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this package; every value that it shows is escaped."""
+    folder = resources.files("megatron_sip.report")
+    loader = jinja2.FunctionLoader(lambda file: folder.joinpath(file).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
+    return environment.get_template(name)
+
+
+def _breakable(name: str) -> markupsafe.Markup:
+    """A long name that may go on in the next line behind ``_``, ``-``, ``/`` and ``.``, and nowhere else if it can be helped."""
+    return markupsafe.Markup(re.sub(r"(?<=[_\-/.])", "<wbr>", str(markupsafe.escape(name))))
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -49,9 +72,7 @@ def render(runs: Sequence[Run]) -> str:
         drawn = [(chart, svg) for chart in section.charts if (svg := charts.draw(chart, named)) is not None]
         if drawn:
             sections.append((section.title, drawn))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("megatron_sip.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return template("page.html.j2").render(
         run=first, labels=labels, headline=tables.headline(first), end_rows=tables.end_rows(runs), drops=tables.drops(first),
         evaluations=[shown for tree in first.evaluations.values() if (shown := tables.evaluation(tree))], sections=sections, pools=pools.select(read_audit(first.dir)), visible=pools.visible)
 

@@ -91,7 +91,7 @@ def _read_steps(path: Path) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for record in _records(path):
         if isinstance(record.get("step"), int):
-            found[record["step"]] = {key: float(value) for key, value in record.items() if _is_number(value)}
+            found[record["step"]] = {key: float(value) for key, value in record.items() if is_number(value)}
     if not found:
         raise ReportError(f"{path} holds no finished step yet; make the report when the run has finished one")
     return dict(sorted(found.items()))
@@ -129,5 +129,6 @@ def _text(path: Path) -> str:
         raise ReportError(f"{path} cannot be read: {error}") from None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -35,6 +35,9 @@ _AT_END = (
     ("evaluation/unsafe/safe", "safe continuations of unsafe prompts (last)", _SHARES),
     ("time/step", "seconds of a step", ".2f"),
     ("tokens_per_second", "tokens per second", ",.0f"),
+    ("memory/peak_mb", "peak memory of a rank, MiB", ",.0f"),
+    ("memory/gpu_peak_mb", "peak memory of a GPU, MiB", ",.0f"),
+    ("energy/joules", "joules of a step", ",.0f"),
 )
 
 
@@ -75,6 +78,26 @@ def end_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         if any(value is not None for value in values):
             rows.append((label, [_written(value, style) for value in values]))
     return rows
+
+
+def arm_rows(arms: Sequence[Sequence[Run]]) -> list[tuple[str, list[str]]]:
+    """(label, one value an arm): the mean over its runs with the lowest and highest. Metrics ``evaluation/…`` come under their own names."""
+    families = {key for runs in arms for run in runs for metrics in run.steps.values() for key in metrics if key.startswith("evaluation/")}
+    families -= {key for key, _, _ in _AT_END}
+    rows = []
+    for key, label, style in (*_AT_END[:1], *((key, f"{key} (last)", ".4g") for key in sorted(families)), *_AT_END[1:]):
+        values = [[value for run in runs if (value := at_end(run, key)) is not None] for runs in arms]
+        if any(values):
+            rows.append((label, [_with_range(some, style) for some in values]))
+    return rows
+
+
+def _with_range(values: list[float], style: str) -> str:
+    if not values:
+        return "–"
+    mean = _written(statistics.fmean(values), style)
+    low, high = _written(min(values), style), _written(max(values), style)
+    return mean if low == high else f"{mean} ({low} – {high})"
 
 
 def drops(run: Run) -> list[tuple[str, int]]:

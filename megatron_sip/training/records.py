@@ -7,6 +7,7 @@ and ``debug.save_pools`` (one lead per replica). Opening them drops what lies pa
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_sip.training.guard import Verdict
 from megatron_sip.training.jsonl import JsonLines, read_jsonl
 from megatron_sip.training.ledger import Ledger
 from megatron_sip.training.metrics import MetricsWriter, audit_record, means, merge_sums, pool_sums
+from megatron_sip.training.resources import Resources
 from megatron_sip.training.stream import Judged, StepStream
 
 
@@ -39,6 +41,7 @@ class Records:
         self._ledger: Ledger | None = None
         self._recorder: Recorder | None = None
         self._health = Health(config.health)
+        self._resources = Resources(runtime.device, first_on_node=os.environ.get("LOCAL_RANK", "0") == "0")
         step, generating = progress.step, config.debug.generate_only
         if runtime.is_lead and config.debug.save_pools is not None:
             self._recorder = Recorder(config.debug.save_pools, runtime.dp_rank, step, runtime.dp_size)
@@ -75,7 +78,7 @@ class Records:
             own: this rank's times and gradient norm; rank 0's are shown.
             asked: what the teacher's client of this rank measured; rank 0's is shown, percentiles cannot be added up.
         """
-        mine = dict(sums)
+        mine = {**sums, **self._resources.sums()}
         if stream is not None:
             mine |= self._sums(stream, step)
             mine["pool/from_bank"] = stream.from_bank
