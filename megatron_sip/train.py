@@ -55,6 +55,7 @@ def _run(config: RunConfig) -> int:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if not os.path.exists("/dev/nvidiactl") else "0")
     from megatron_sip.data import DataError
     from megatron_sip.data.tokenizer import Tokenizer
+    from megatron_sip.evaluation import EvaluationError
     from megatron_sip.policy import runtime as policy_runtime
     from megatron_sip.rollout.engine import RolloutError
     from megatron_sip.servers import ServerError
@@ -76,7 +77,7 @@ def _run(config: RunConfig) -> int:
         config = policy_runtime.settle(config, runtime)
         trainer = Trainer(config, runtime, tokenizer)
         return trainer.run()
-    except (ConfigError, DataError, CheckpointError, ServerError, TeacherError, RolloutError) as error:
+    except (ConfigError, DataError, CheckpointError, ServerError, TeacherError, RolloutError, EvaluationError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
         return 130

@@ -4,6 +4,7 @@ In: a YAML file (``--config``), which may name a ``base`` file, and dotted overr
 Out: a validated :class:`RunConfig`; ``--help`` and ``--print_config`` are generated from the same tree.
 
     sections.py    every setting, its type, default and meaning
+    evaluation.py  the same, of evaluations
     rules.py       what sections must agree about; layouts
     tree.py        the sections together
     load.py        YAML in, YAML and help text out
@@ -11,7 +12,8 @@ Out: a validated :class:`RunConfig`; ``--help`` and ``--print_config`` are gener
 Unknown keys, wrong types and impossible parallel layouts are refused here, before anything starts.
 """
 
-from megatron_sip.config.load import describe, dump_config, load_config
+from megatron_sip.config.evaluation import EvaluationSection, EvaluatorSection
+from megatron_sip.config.load import describe, dump_config, load_config, parse_section
 from megatron_sip.config.rules import check_layout
 from megatron_sip.config.sections import (
     CheckpointSection,
@@ -41,6 +43,8 @@ __all__ = [
     "ConfigError",
     "DataSection",
     "DebugSection",
+    "EvaluationSection",
+    "EvaluatorSection",
     "GrpoSection",
     "HealthSection",
     "JudgeSection",
@@ -61,4 +65,5 @@ __all__ = [
     "describe",
     "dump_config",
     "load_config",
+    "parse_section",
 ]

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from megatron_sip.config.sections import ConfigError, Section
 from megatron_sip.config.tree import RunConfig
 
+S = typing.TypeVar("S", bound=Section)
+
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply dotted ``key=value`` overrides (values are parsed as YAML).
@@ -47,13 +49,41 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for issue in error.errors():
-            where = ".".join(str(part) for part in issue["loc"])
-            message = issue["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message} (got {issue['input']!r})" if where else message)
         source = f"{path}: " if path is not None else ""
-        raise ConfigError(source + "\n".join(lines)) from None
+        raise ConfigError(source + "\n".join(_issues(error))) from None
+
+
+def parse_section(text: str, section: type[S], flag: str) -> S:
+    """A section written as YAML behind a command line's ``flag``.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, a wrong or missing value.
+    """
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {text!r} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{flag} {text!r} must be keys and values, e.g. {flag} '{{kind: quality, model: DIR}}'")
+    for key in tree:
+        if key not in section.model_fields:
+            near = difflib.get_close_matches(str(key), section.model_fields, 1, 0.5)
+            raise ConfigError(f"{flag}: unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(section.model_fields)}"))
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{flag} {text!r}: " + "; ".join(_issues(error, whole=False))) from None
+
+
+def _issues(error: ValidationError, whole: bool = True) -> list[str]:
+    """One line a problem; ``whole`` quotes the value even where it is a whole section."""
+    lines = []
+    for issue in error.errors():
+        where = ".".join(str(part) for part in issue["loc"])
+        message = issue["msg"].removeprefix("Value error, ")
+        quoted = f" (got {issue['input']!r})" if whole or not isinstance(issue["input"], dict) else ""
+        lines.append(f"{where}: {message}{quoted}" if where else message)
+    return lines
 
 
 class _Loader(yaml.SafeLoader):

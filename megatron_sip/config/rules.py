@@ -57,8 +57,22 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append("debug.generate_only makes pools, debug.load_pools and debug.train_only take finished ones; unset one")
     if config.debug.load_pools and config.debug.train_only:
         problems.append("debug.train_only takes pools from the run folder, debug.load_pools from a file; unset one")
+    problems += _evaluation_problems(config)
     if config.grpo is not None:
         problems += _grpo_problems(config, config.grpo)
+    return problems
+
+
+def _evaluation_problems(config: RunConfig) -> list[str]:
+    evaluation, problems = config.evaluation, []
+    if evaluation.max_tokens is not None and evaluation.max_tokens > config.data.suffix_length:
+        problems.append(f"evaluation.max_tokens={evaluation.max_tokens} > data.suffix_length={config.data.suffix_length}, the longest that rollout engines write")
+    for evaluator in evaluation.evaluators:
+        if not evaluator.urls:
+            problems.append(f"evaluation.evaluators: {evaluator.model} has no urls, and a run starts no servers for it; name running ones")
+        if config.asks_judge and any((judge.kind, config.teacher.model) == (evaluator.kind, evaluator.model) for judge in config.teacher.judges):
+            problems.append(f"evaluation.evaluators: kind={evaluator.kind} of {evaluator.model} is the judge that trains this run, and would praise what it was "
+                            "asked to praise; name another model")
     return problems
 
 
@@ -67,6 +81,8 @@ def _grpo_problems(config: RunConfig, grpo: GrpoSection) -> list[str]:
     problems = []
     if pool.original or pool.rewrite or pool.rollouts < 2 or pool.rollouts_start_step or pool.rollouts_ramp_steps:
         problems.append("grpo: a group is pool.rollouts answers to one prompt, at least 2; set pool: {original: false, rewrite: false, rollouts: 16}")
+    if config.evaluation.interval:
+        problems.append("grpo: evaluation.* continues prefixes, which a teacher in training does not; set evaluation.interval=0 (train.eval_interval measures its reward)")
     if config.debug != DebugSection():
         problems.append("grpo: pools are neither recorded nor replayed; unset debug.*")
     if config.train.loss_spike_factor:
@@ -142,7 +158,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         problems.append("objective.shared_prefix=true packs whole sequences, and context parallel ranks hold pieces of them; set it to auto or "
                         "parallel.context_parallel_size=1")
     problems += _overlap_problems(parallel) + _recompute_problems(parallel)
-    if config.pool.rollouts and config.rollout.engine == "in_process" and replica > 1 and not config.debug.replaying:
+    if config.needs_engine and config.rollout.engine == "in_process" and replica > 1:
         problems.append(f"rollout.engine=in_process samples within one process, but {names} parallel size = {sizes} = {replica}; "
                         "set rollout.engine=vllm")
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from megatron_sip.config.evaluation import EvaluationSection
 from megatron_sip.config.rules import contradictions
 from megatron_sip.config.sections import (
     CheckpointSection,
@@ -42,6 +43,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving and resuming.")
     log: LogSection = Field(default_factory=LogSection, description="Console, wandb, audit file.")
     health: HealthSection = Field(default_factory=HealthSection, description="Alarms about the judge and about rollouts that please it by meaning nothing.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Small evaluations of what the policy writes, while it trains.")
     debug: DebugSection = Field(default_factory=DebugSection, description="Record and replay.")
 
     @property
@@ -69,6 +71,16 @@ class RunConfig(Section):
     def asks_teacher(self) -> bool:
         """True if some step of this run needs the teacher, as judge or as rewriter."""
         return self.asks_judge or (self.pool.rewrite and not self.debug.replaying)
+
+    @property
+    def evaluates(self) -> bool:
+        """True if some step of this run evaluates what the policy writes."""
+        return self.evaluation.interval > 0 and not self.debug.generate_only
+
+    @property
+    def needs_engine(self) -> bool:
+        """True if the policy writes: rollouts, or continuations of held-out prefixes."""
+        return (self.pool.rollouts > 0 and not self.debug.replaying) or self.evaluates
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

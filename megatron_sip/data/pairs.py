@@ -196,8 +196,8 @@ def build_pairs(data: DataSection, seed: int, train_pairs: int, valid_pairs: int
     if config.split_matrix[0] is None:
         raise DataError(f"data.split={data.split} leaves no documents for training; set e.g. data.split=98,2")
     if valid_pairs and config.split_matrix[1] is None:
-        raise DataError(f"data.split={data.split} leaves no documents for validation, but train.eval_interval asks for it; "
-                        "set e.g. data.split=98,2 or train.eval_interval=0")
+        raise DataError(f"data.split={data.split} leaves no documents for validation, but train.eval_interval or evaluation.interval asks for it; "
+                        "set e.g. data.split=98,2, or both to 0")
     logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)  # it advises a cache on disk; building takes a moment
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron speaks of pad tokens, of which pairs have none

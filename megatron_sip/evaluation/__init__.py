@@ -1,12 +1,21 @@
 """Two trained models side by side, on prefixes that neither has seen.
 
-In: two Hugging Face folders and held-out pairs. Out: a :class:`Report` as table, JSON and texts to read.
+In: two models as Hugging Face folders or checkpoints, and held-out pairs. Out: a ``report.Report`` as tables, JSON and texts to read.
 
-- ``models``      a Hugging Face folder: greedy continuations, loss of the original suffixes
-- ``statistics``  plain numbers about a continuation; win rates and differences with bootstrap intervals
-- ``embedding``   similarity of two texts under a small sentence-embedding model
-- ``compare``     asks all of the above, and the teacher's judges, about every prefix
-- ``report``      the table, the JSON file, continuations side by side
+- ``session``      flags -> report: what tools/evaluate.py does
+- ``suites``       what an evaluation consists of, and with what it measures
+- ``prefixes``     suite: held-out prefixes, ordinary and unsafe
+- ``safety``       suite: sets of prompts that invite unsafe text
+- ``compare``      what both wrote, and everything that can tell it apart
+- ``evaluators``   judges, started one after the other
+- ``independence`` is an evaluator one of the judges that trained the run?
+- ``folders``      a model as it is named -> a Hugging Face folder, and the settings of its run
+- ``models``       a Hugging Face folder: continuations, loss of the original suffixes
+- ``prompts``      published sets of prompts -> pairs
+- ``statistics``   plain numbers about a continuation; win rates, shares and differences with intervals
+- ``embedding``    similarity of two texts under a small sentence-embedding model
+- ``toxicity``     probability of a text to be offensive under a small classifier
+- ``report``       the tables, the JSON file, continuations side by side
 """
 
 

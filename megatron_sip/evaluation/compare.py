@@ -1,26 +1,33 @@
-"""Two models on the same held-out prefixes, by everything that can tell them apart.
+"""Two models on the same prefixes, by everything that can tell them apart.
 
-In: pairs, a tokenizer, two models; optionally an embedder and a judge. Out: a :class:`Report`.
+In: pairs, a tokenizer, two models; answers of evaluators; optionally an embedder and a classifier. Out: a :class:`~.suites.Section`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_sip.evaluation import EvaluationError
-from megatron_sip.evaluation.embedding import SentenceEmbedder
-from megatron_sip.evaluation.models import TrainedModel
-from megatron_sip.evaluation.statistics import Comparison, compare, text_statistics
-from megatron_sip.pool import ROLLOUT, Candidate, PairId, Pool, Scores
+from megatron_sip.evaluation.evaluators import Answers, flip_rates, guarded_shares, judged
+from megatron_sip.evaluation.statistics import Comparison, compare, longest_repeat, text_statistics
+from megatron_sip.evaluation.suites import Sample, Section
+from megatron_sip.pool import ROLLOUT, Candidate, PairId, Pool
+
+if TYPE_CHECKING:
+    from megatron_sip.evaluation.embedding import SentenceEmbedder
+    from megatron_sip.evaluation.models import TrainedModel
+    from megatron_sip.evaluation.toxicity import ToxicityClassifier
+
+TOXICITY = "toxicity (lexical classifier)"
+SIMILARITY = "similarity to the original suffix"
+LOSS = "loss of the original suffix (nats/token)"
+COHERENCE = "similarity to the prefix"
 
 
 class HeldOutPair(Protocol):
-    """What is needed of ``data.pairs.Pair``."""
+    """What is needed of ``data.pairs.Pair``; a prompt has no suffix."""
 
     id: PairId
     prefix_ids: tuple[int, ...]
@@ -35,158 +42,94 @@ class TextOf(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One prefix with its original suffix and what A and B wrote."""
+class Continued:
+    """A set of prefixes and what A and B wrote after them, as tokens and as text."""
 
-    pair: str
-    prefix: str
-    original: str
-    a: str
-    b: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """Result of one evaluation.
-
-    Attributes:
-        comparisons: measures with a better side, as win rates.
-        statistics: name -> comparison; numbers without a better side.
-        originals: the same statistics of the original suffixes, as means.
-        guarded: judge -> shares of A's and B's continuations that its guard put below all others; two guarded ones tie.
-        different_texts: share of prefixes for which A's, B's continuation differs from all others of the same model.
-    """
-
-    model_a: str
-    model_b: str
-    prefixes: int
-    max_tokens: int
-    temperature: float  # 0 is greedy
-    comparisons: tuple[Comparison, ...]
-    statistics: tuple[Comparison, ...]
-    originals: dict[str, float]
-    guarded: dict[str, tuple[float, float]]
-    different_texts: tuple[float, float]
+    pairs: tuple[HeldOutPair, ...]
+    a: tuple[tuple[int, ...], ...]
+    b: tuple[tuple[int, ...], ...]
     samples: tuple[Sample, ...]
 
+    @property
+    def has_suffixes(self) -> bool:
+        return all(pair.suffix_ids for pair in self.pairs)
 
-def evaluate(
-    pairs: Sequence[HeldOutPair],
-    tokenizer: TextOf,
-    model_a: TrainedModel,
-    model_b: TrainedModel,
-    *,
-    max_tokens: int,
-    seed: int,
-    embedder: SentenceEmbedder | None = None,
-    judge: Callable[[Pool], Future[Scores]] | None = None,
-    judge_timeout: float = 3600.0,
-) -> Report:
-    """Compare A with B.
+    @property
+    def pools(self) -> list[Pool]:
+        """A's continuation, then B's, for a judge."""
+        return [
+            Pool(pair.id, tuple(pair.prefix_ids), sample.prefix,
+                 (Candidate(ROLLOUT, a, sample.a, index=0), Candidate(ROLLOUT, b, sample.b, index=1)), sample.original)
+            for pair, a, b, sample in zip(self.pairs, self.a, self.b, self.samples)
+        ]
+
+
+def continue_both(pairs: Sequence[HeldOutPair], tokenizer: TextOf, model_a: TrainedModel, model_b: TrainedModel, *, max_tokens: int, seed: int) -> Continued:
+    """Let both models write after every prefix.
 
     Args:
-        pairs: held-out pairs.
         max_tokens: of a continuation.
-        seed: of the bootstrap, and of continuations that are sampled.
-        judge: the teacher that trained A or B; its scores are marked as such.
-        judge_timeout: seconds for all of its answers.
+        seed: of continuations that are sampled.
 
     Raises:
-        EvaluationError: no pairs, or the judge did not answer in time.
+        EvaluationError: no pairs.
     """
     if not pairs:
         raise EvaluationError("no held-out pairs; give a dataset with more documents or a larger validation share (data.split)")
-    prefixes, suffixes = [p.prefix_ids for p in pairs], [p.suffix_ids for p in pairs]
-    seeds = [seed + number for number in range(len(pairs))]
-    written = [model.continuations(prefixes, max_tokens, seeds) for model in (model_a, model_b)]
-    samples = tuple(_sample(pair, tokenizer, a, b) for pair, a, b in zip(pairs, *written))
+    prefixes = [pair.prefix_ids for pair in pairs]
+    a, b = (tuple(model.continuations(prefixes, max_tokens, [seed + number for number in range(len(pairs))])) for model in (model_a, model_b))
+    return Continued(tuple(pairs), a, b, tuple(_sample(*each) for each in zip(pairs, [tokenizer] * len(pairs), a, b)))
+
+
+def measure(name: str, texts: Continued, model_a: TrainedModel, model_b: TrainedModel, *, seed: int, answers: Sequence[Answers] = (), quorum: float = 0.5,
+            embedder: SentenceEmbedder | None = None, classifier: ToxicityClassifier | None = None) -> Section:
+    """Compare what A and B wrote.
+
+    Args:
+        name: of the section.
+        seed: of the bootstrap.
+        answers: of evaluators about ``texts.pools``.
+        quorum: least share of answered questions for which a prefix counts.
+    """
     comparisons: list[Comparison] = []
     guarded: dict[str, tuple[float, float]] = {}
-    if judge is not None:
-        pools = [_pool(pair, sample, a, b) for pair, sample, a, b in zip(pairs, samples, *written)]
-        scores = _ask(pools, judge, judge_timeout)
-        comparisons += _judged(scores, seed)
-        guarded = _guarded(scores)
-    if embedder is not None:
+    flips: dict[str, float] = {}
+    for one in answers:
+        comparisons += judged(one, texts.pools, seed=seed, quorum=quorum)
+        guarded |= guarded_shares(one)
+        flips |= flip_rates(one)
+    samples = texts.samples
+    if embedder is not None and texts.has_suffixes:
         originals = [s.original for s in samples]
-        comparisons.append(
-            compare(
-                "similarity to the original suffix",
-                embedder.similarities([s.a for s in samples], originals),
-                embedder.similarities([s.b for s in samples], originals),
-                seed=seed,
-            )
-        )
-    comparisons.append(
-        compare(
-            "loss of the original suffix (nats/token)",
-            model_a.suffix_losses(prefixes, suffixes),
-            model_b.suffix_losses(prefixes, suffixes),
-            seed=seed,
-            lower_is_better=True,
-        )
-    )
-    numbers = [[text_statistics(ids, prefix) for ids, prefix in zip(side, prefixes)] for side in (*written, suffixes)]
-    names = list(numbers[0][0])
-    return Report(
-        model_a=str(model_a.folder),
-        model_b=str(model_b.folder),
-        prefixes=len(pairs),
-        max_tokens=max_tokens,
-        temperature=model_a.temperature,
-        comparisons=tuple(comparisons),
-        statistics=tuple(compare(n, [x[n] for x in numbers[0]], [x[n] for x in numbers[1]], seed=seed) for n in names),
-        originals={n: sum(x[n] for x in numbers[2]) / len(pairs) for n in names},
-        guarded=guarded,
-        different_texts=(len(set(written[0])) / len(pairs), len(set(written[1])) / len(pairs)),
-        samples=samples,
-    )
+        comparisons.append(compare(SIMILARITY, embedder.similarities([s.a for s in samples], originals),
+                                   embedder.similarities([s.b for s in samples], originals), seed=seed))
+    if texts.has_suffixes:
+        prefixes, suffixes = [pair.prefix_ids for pair in texts.pairs], [pair.suffix_ids for pair in texts.pairs]
+        comparisons.append(compare(LOSS, model_a.suffix_losses(prefixes, suffixes), model_b.suffix_losses(prefixes, suffixes), seed=seed,
+                                   lower_is_better=True))
+    if classifier is not None:
+        comparisons.append(compare(TOXICITY, classifier.probabilities([s.a for s in samples]), classifier.probabilities([s.b for s in samples]), seed=seed,
+                                   lower_is_better=True))
+    statistics, originals = _statistics(texts, embedder, seed)
+    notes = {one.evaluator.note: None for one in answers if one.evaluator.note}
+    return Section(name, len(samples), tuple(comparisons), statistics, originals, guarded, flips,
+                   (len(set(texts.a)) / len(samples), len(set(texts.b)) / len(samples)), samples, tuple(notes))
+
+
+def _statistics(texts: Continued, embedder: SentenceEmbedder | None, seed: int) -> tuple[tuple[Comparison, ...], dict[str, float]]:
+    """Numbers without a better side, of A and B; and their means over the original suffixes, where there are some."""
+    sides = [texts.a, texts.b] + ([[pair.suffix_ids for pair in texts.pairs]] if texts.has_suffixes else [])
+    numbers = [[{**text_statistics(ids, pair.prefix_ids), "longest repeat": float(longest_repeat(ids))} for ids, pair in zip(side, texts.pairs)] for side in sides]
+    columns = {name: [[row[name] for row in side] for side in numbers] for name in numbers[0][0]}
+    if embedder is not None:
+        prefixes = [sample.prefix for sample in texts.samples]
+        written = [[getattr(sample, side) for sample in texts.samples] for side in ("a", "b", "original")[: len(sides)]]
+        columns[COHERENCE] = [embedder.similarities(side, prefixes) for side in written]
+    originals = {name: sum(some) / len(some) for name, column in columns.items() if len(column) > 2 and (some := [x for x in column[2] if x is not None])}
+    return tuple(compare(name, column[0], column[1], seed=seed) for name, column in columns.items()), originals
 
 
 def _sample(pair: HeldOutPair, tokenizer: TextOf, a: Sequence[int], b: Sequence[int]) -> Sample:
     prefix, original = tokenizer.split_text(pair.prefix_ids, pair.suffix_ids, pair.at_document_start)
     text_a, text_b = (tokenizer.split_text(pair.prefix_ids, ids, pair.at_document_start)[1] for ids in (a, b))
-    return Sample(str(pair.id), prefix, original, text_a, text_b)
-
-
-def _pool(pair: HeldOutPair, sample: Sample, a: tuple[int, ...], b: tuple[int, ...]) -> Pool:
-    candidates = (Candidate(ROLLOUT, a, sample.a, index=0), Candidate(ROLLOUT, b, sample.b, index=1))
-    return Pool(pair.id, tuple(pair.prefix_ids), sample.prefix, candidates, sample.original)
-
-
-def _ask(pools: Sequence[Pool], judge: Callable[[Pool], Future[Scores]], timeout: float) -> list[Scores]:
-    deadline = time.monotonic() + timeout
-    futures = [judge(pool) for pool in pools]
-    try:
-        return [future.result(timeout=max(0.0, deadline - time.monotonic())) for future in futures]
-    except FutureTimeout:
-        done = sum(future.done() for future in futures)
-        raise EvaluationError(
-            f"the judge answered {done} of {len(pools)} prefixes within {timeout:.0f} s; raise --judge-timeout or ask fewer pairs"
-        ) from None
-
-
-def _judged(scores: Sequence[Scores], seed: int) -> list[Comparison]:
-    names = list(dict.fromkeys(criterion.name for score in scores for criterion in score.criteria))
-    values = [{criterion.name: criterion.values for criterion in score.criteria} for score in scores]
-    return [
-        compare(
-            f"judge: {name}",
-            [v.get(name, (None, None))[0] for v in values],
-            [v.get(name, (None, None))[1] for v in values],
-            seed=seed,
-            trained_on=True,
-        )
-        for name in names
-    ]
-
-
-def _guarded(scores: Sequence[Scores]) -> dict[str, tuple[float, float]]:
-    """Shares of guarded continuations by judge, where the judge's detail tells (the likelihood judge's does)."""
-    flags: dict[str, list[tuple[bool, bool]]] = {}
-    for score in scores:
-        for name, detail in score.detail.items():
-            candidates = detail.get("candidates", []) if isinstance(detail, dict) else []
-            if len(candidates) == 2 and all("guarded" in c for c in candidates):
-                flags.setdefault(name, []).append((candidates[0]["guarded"], candidates[1]["guarded"]))
-    return {name: (sum(a for a, _ in found) / len(found), sum(b for _, b in found) / len(found)) for name, found in flags.items()}
+    return Sample(str(pair.id), prefix, original if pair.suffix_ids else "", text_a, text_b)

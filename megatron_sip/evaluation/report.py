@@ -1,6 +1,6 @@
 """A :class:`Report` for people and for programs.
 
-In: a report. Out: a table with continuations side by side as text, and a JSON file.
+In: sections. Out: tables with continuations side by side as text, and a JSON file (docs/evaluation.md says what is in it).
 """
 
 from __future__ import annotations
@@ -8,50 +8,54 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_sip.evaluation.compare import Report
 from megatron_sip.evaluation.statistics import Comparison
+from megatron_sip.evaluation.suites import Section
 
 _MARK = "(!)"
 _WIDTH = 110
 
 
+@dataclass(frozen=True)
+class Report:
+    """Result of one evaluation.
+
+    Attributes:
+        format: of the file; 2.
+        model_a, model_b: as they were named.
+        evaluators: name, kind, model, and whether it trained A or B.
+        notes: sentences about the whole evaluation.
+    """
+
+    format: int
+    model_a: str
+    model_b: str
+    seed: int
+    max_tokens: int
+    temperature: float
+    evaluators: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
 def format_report(report: Report, show: int = 4) -> str:
-    """The whole report as text, with the first ``show`` prefixes to read."""
+    """The whole report as text, with the first ``show`` prefixes of each section to read."""
     how = "greedy" if report.temperature == 0 else f"sampled (temperature {report.temperature:g})"
-    lines = [
-        f"A  {report.model_a}",
-        f"B  {report.model_b}",
-        f"{report.prefixes} held-out prefixes, {how} continuations of at most {report.max_tokens} tokens",
-        "",
-    ]
-    lines += [
-        f"{'A against B':44}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}"
-    ]
-    lines += [_win_line(c) for c in report.comparisons]
-    if any(c.trained_on for c in report.comparisons):
+    lines = [f"A  {report.model_a}", f"B  {report.model_b}", f"{how} continuations of at most {report.max_tokens} tokens"]
+    lines += [f"NOTE: {note}" for note in report.notes]
+    if any(c.trained_on for section in report.sections for c in section.comparisons):
         lines += [
-            "",
-            f"{_MARK} THIS JUDGE TRAINED THE RUN. A win here shows that training worked as asked, not that the text is better;",
+            f"{_MARK} marks a JUDGE THAT TRAINED A MODEL. A win there shows that training worked as asked, not that the text is better;",
             "    look at the lines without this mark.",
         ]
-    for name, (a, b) in report.guarded.items():
-        lines.append(
-            f"    The guard of {name} (copies, repetition) caught {a:.0%} of A's continuations and {b:.0%} of B's; "
-            "two that are caught tie."
-        )
-    lines += [
-        "",
-        f"{'statistics of the continuations':44}{'mean A':>10}{'mean B':>10}{'A - B':>10}  {'95% interval':20}{'original':>10}",
-    ]
-    lines += [_statistic_line(c, report.originals[c.name]) for c in report.statistics]
-    lines += [f"{'share of different texts':44}{report.different_texts[0]:>10.3f}{report.different_texts[1]:>10.3f}"]
-    for sample in report.samples[:show]:
-        lines += ["", "-" * _WIDTH, f"pair {sample.pair}"]
-        for name in ("prefix", "original", "a", "b"):
-            lines.append(_paragraph(name.upper() if len(name) == 1 else name, getattr(sample, name)))
+    for section in report.sections:
+        lines += ["", *_section(section)]
+    for section in report.sections:
+        lines += _texts(section, show)
     return "\n".join(lines)
 
 
@@ -60,7 +64,7 @@ def write_json(report: Report, path: Path) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("w", encoding="utf-8", errors="replace") as file:
             json.dump(asdict(report), file, ensure_ascii=False, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
@@ -69,20 +73,59 @@ def write_json(report: Report, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
+def _section(section: Section) -> Iterator[str]:
+    yield f"== {section.name}: {section.items} =="
+    if section.comparisons:
+        yield f"{'A against B':48}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}{'A - B':>10}  95% interval"
+        yield from map(_win_line, section.comparisons)
+    for name, (a, b) in section.guarded.items():
+        yield f"    The guard of {name} (copies, repetition) caught {a:.0%} of A's continuations and {b:.0%} of B's; two that are caught tie."
+    for name, rate in section.order_flips.items():
+        yield f"    Verdicts of {name} changed with the order of presentation in {rate:.0%} of the comparisons; such a comparison is a tie."
+    if section.statistics:
+        yield f"{'statistics':48}{'mean A':>10}{'mean B':>10}{'A - B':>10}  {'95% interval':20}{'original':>10}"
+        yield from (_statistic_line(c, section.originals.get(c.name)) for c in section.statistics)
+    if section.different_texts is not None:
+        yield f"{'    share of different texts':48}{section.different_texts[0]:>10.3f}{section.different_texts[1]:>10.3f}"
+    for note in section.notes:
+        yield textwrap.fill(note, _WIDTH + 20, initial_indent="    ", subsequent_indent="    ")
+
+
+def _texts(section: Section, show: int) -> Iterator[str]:
+    for sample in section.samples[:show]:
+        yield ""
+        yield "-" * _WIDTH
+        yield f"{section.name}, {_printable(sample.pair)}"
+        for name in ("prefix", "original", "a", "b"):
+            if name != "original" or sample.original:
+                yield _paragraph(name.upper() if len(name) == 1 else name, getattr(sample, name))
+
+
 def _win_line(c: Comparison) -> str:
     name = f"{_MARK if c.trained_on else '   '} {c.name}"
     rate = "-" if c.win_rate is None else f"{c.win_rate:.1%}"
     interval = "" if c.interval is None else f"{c.interval[0]:.1%} - {c.interval[1]:.1%}"
-    means = "".join(f"{'-' if mean is None else format(mean, '.3f'):>10}" for mean in (c.mean_a, c.mean_b))
-    return f"{name:44}{rate:>8}  {interval:16}{f'{c.wins}/{c.ties}/{c.losses}':>16}{c.no_answers:>11}{means}"
+    means = "".join(_number(mean) for mean in (c.mean_a, c.mean_b)) + _number(c.difference, "+.3f")
+    return f"{name:48}{rate:>8}  {interval:16}{f'{c.wins}/{c.ties}/{c.losses}':>16}{c.no_answers:>11}{means}  {_bounds(c)}".rstrip()
 
 
-def _statistic_line(c: Comparison, original: float) -> str:
-    interval = "" if c.difference_interval is None else f"{c.difference_interval[0]:+.3f} - {c.difference_interval[1]:+.3f}"
-    return f"    {c.name:40}{c.mean_a:>10.3f}{c.mean_b:>10.3f}{c.difference:>+10.3f}  {interval:20}{original:>10.3f}"
+def _statistic_line(c: Comparison, original: float | None) -> str:
+    means = _number(c.mean_a) + _number(c.mean_b) + _number(c.difference, "+.3f")
+    return f"    {c.name:44}{means}  {_bounds(c):20}{_number(original) if original is not None else ''}".rstrip()
+
+
+def _bounds(c: Comparison) -> str:
+    return "" if c.difference_interval is None else f"{c.difference_interval[0]:+.3f} - {c.difference_interval[1]:+.3f}"
+
+
+def _number(value: float | None, style: str = ".3f") -> str:
+    return f"{'-' if value is None else format(value, style):>10}"
 
 
 def _paragraph(name: str, text: str) -> str:
-    printable = "".join(c if c.isprintable() else " " for c in text)  # no corpus text steers a terminal
-    shown = " ".join(printable.split()) or "(nothing)"
+    shown = " ".join(_printable(text).split()) or "(nothing)"
     return textwrap.fill(shown, _WIDTH, initial_indent=f"{name:>9}: ", subsequent_indent=" " * 11)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)  # no corpus text steers a terminal

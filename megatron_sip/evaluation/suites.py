@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 from megatron_sip.evaluation.statistics import Comparison
 
 if TYPE_CHECKING:
+    from megatron_sip.config import DataSection
     from megatron_sip.data.tokenizer import Tokenizer
     from megatron_sip.evaluation.embedding import SentenceEmbedder
     from megatron_sip.evaluation.evaluators import Evaluators
     from megatron_sip.evaluation.models import TrainedModel
+    from megatron_sip.evaluation.toxicity import ToxicityClassifier
 
 # In the order of the report.
-SUITES = ("prefixes",)
+SUITES = ("prefixes", "safety")
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ class Context:
         tokenizer: that of both models.
         seed: of bootstraps, and of whatever is drawn.
         max_tokens: longest continuation.
-        prefix_length: longest prefix in tokens; longer prompts lose their beginning.
+        data: settings of the run's data: datasets, split, length of prefixes.
+        pairs: prefixes, or prompts, of each set.
         evaluators: judges that may be asked; ``ask(pools, kinds)`` starts and stops their servers, one after the other.
-        embedder: None with ``--no-embedding``.
+        embedder, classifier: None with ``--no-embedding``, ``--no-toxicity``.
         device: as torch names it.
         say: tells people what is going on.
+        shared: what an earlier suite left for a later one, by name; ``continued``: the sets of prefixes that both models have continued.
     """
 
     model_a: TrainedModel
@@ -92,12 +96,14 @@ class Context:
     tokenizer: Tokenizer
     seed: int
     max_tokens: int
-    prefix_length: int
+    data: DataSection
+    pairs: int
     evaluators: Evaluators
     embedder: SentenceEmbedder | None
+    classifier: ToxicityClassifier | None
     device: str
     say: Callable[[str], None]
-    shared: dict[str, Any] = field(default_factory=dict)  # what an earlier suite left for a later one, by its name
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 def suites() -> list[ModuleType]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Chart:
     """One chart.
 
     Attributes:
-        lines: (metric, label) of each line or band.
+        lines: (metric, label) of each line or band. A metric that ends with * stands for all that begin so, each labelled by its rest.
         caption: what to look at.
         scale: of the value axis; ``share`` is 0 to 1, ``rate`` from 0 to what was measured.
         smooth: long noisy series get a running median in front of the values.
@@ -126,6 +126,21 @@ SECTIONS = (
               "Difference of log-probabilities between the sampler and the policy. A step upwards says that the engine writes with other weights.",
               "nats per token", scale="log"),
     )),
+    Section("What does it write on held-out prefixes?", (
+        Chart("Held out: repetition and copying", (("evaluation/repetition", "repeated 4-grams"), ("evaluation/prefix_overlap", "4-grams of the prefix")),
+              "Greedy continuations repeat themselves more than sampled ones, the more the smaller the model. What counts is the direction.", "share", scale="share"),
+        Chart("Held out: diversity", (("evaluation/distinct_1", "different tokens"), ("evaluation/distinct_2", "different pairs of tokens")),
+              "Of a continuation. A slow fall is text getting poorer.", "share", scale="share"),
+        Chart("Held out: length", (("evaluation/length", "tokens"), ("evaluation/longest_repeat", "longest repeated stretch")),
+              "A repeated stretch about as long as the continuation is a loop.", "tokens"),
+        Chart("Held out: similarity", (("evaluation/similarity", "to the original suffix"), ("evaluation/prefix_similarity", "to the prefix")),
+              "Cosine under a sentence-embedding model. Similarity to the prefix that rises alone is copying, not coherence.", "cosine"),
+        Chart("Held out: toxicity", (("evaluation/toxicity", "ordinary prefixes"), ("evaluation/unsafe/toxicity", "unsafe prompts")),
+              "Mean probability under a lexical classifier. Text without meaning is not toxic either: read it beside repetition.", "probability", scale="rate"),
+        Chart("Held out: against the original", (("evaluation/win_rate/*", ""),),
+              "Share of original suffixes that the continuations beat, ties half, by evaluators that do not train the run. 0.5 is as good as the text of people.",
+              "share", scale="share"),
+    )),
     Section("Where does the time go?", (
         Chart("Time of a step", (("time/rollout", "rollouts"), ("time/wait_judge", "waiting for the judge"), ("time/train", "training"),
                                  ("time/sync", "weight sync"), ("time/other", "other")),
@@ -140,6 +155,7 @@ SECTIONS = (
 
 def draw(chart: Chart, runs: Sequence[tuple[str, Run]]) -> str | None:
     """SVG of a chart, None if no run measured any of it. ``runs`` are (label, run)."""
+    chart = _spelt_out(chart, [run for _, run in runs])
     measured = [(label, run) for label, run in runs if any(run.series(key)[0] for key, _ in chart.lines)]
     if not measured:
         return None
@@ -158,6 +174,18 @@ def draw(chart: Chart, runs: Sequence[tuple[str, Run]]) -> str | None:
             axes.set_title(measured[0][0], loc="right", fontsize="small")
         _legend(figure, chart, present, [label for label, _ in measured], [label for label, _ in runs])
         return _svg(figure)
+
+
+def _spelt_out(chart: Chart, runs: Sequence[Run]) -> Chart:
+    """The chart with the metrics that its patterns stand for, at most as many as there are colours."""
+    lines: list[tuple[str, str]] = []
+    for key, label in chart.lines:
+        if key.endswith("*"):
+            known = {name for run in runs for metrics in run.steps.values() for name in metrics if name.startswith(key[:-1])}
+            lines += [(name, name.removeprefix(key[:-1])) for name in sorted(known)]
+        else:
+            lines.append((key, label))
+    return replace(chart, lines=tuple(lines[: len(_COLOURS)]))
 
 
 def _draw_lines(axes, chart: Chart, runs: Sequence[tuple[str, Run]]) -> list[tuple[str, str]]:

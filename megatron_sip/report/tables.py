@@ -29,6 +29,10 @@ _AT_END = (
     ("rollout/prefix_overlap", "4-grams of the prefix in rollouts", _SHARES),
     ("rollout/distinct_2", "different pairs of tokens in rollouts", _SHARES),
     ("rollout/length", "tokens of a rollout", ".0f"),
+    ("evaluation/repetition", "repeated 4-grams on held-out prefixes (last)", _SHARES),
+    ("evaluation/similarity", "similarity to held-out suffixes (last)", ".3f"),
+    ("evaluation/toxicity", "toxicity on held-out prefixes (last)", ".3f"),
+    ("evaluation/unsafe/safe", "safe continuations of unsafe prompts (last)", _SHARES),
     ("time/step", "seconds of a step", ".2f"),
     ("tokens_per_second", "tokens per second", ",.0f"),
 )
@@ -60,7 +64,7 @@ def at_end(run: Run, key: str) -> float | None:
     _, values = run.series(key)
     if not values:
         return None
-    return values[-1] if key.startswith("eval/") else statistics.fmean(values[-max(1, len(values) // 10) :])
+    return values[-1] if key.startswith(("eval/", "evaluation/")) else statistics.fmean(values[-max(1, len(values) // 10) :])
 
 
 def end_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -85,8 +89,21 @@ def drops(run: Run) -> list[tuple[str, int]]:
 
 
 def evaluation(tree: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the page shows of evaluation.json; None if there is nothing to show."""
-    comparisons = [c for c in (tree or {}).get("comparisons") or [] if isinstance(c, dict)]
+    """What the page shows of evaluation.json; None if there is nothing to show. A file without ``sections`` is one section itself."""
+    tree = tree or {}
+    given = tree["sections"] if isinstance(tree.get("sections"), list) else [tree]
+    sections = [shown for section in given if isinstance(section, dict) and (shown := _evaluated(section)) is not None]
+    if not sections:
+        return None
+    temperature = tree.get("temperature")
+    how = "" if temperature is None else "greedy " if temperature == 0 else f"sampled (temperature {temperature:g}) "
+    return {"how": how, "a": str(tree.get("model_a", "A")), "b": str(tree.get("model_b", "B")), "sections": sections,
+            "notes": [str(note) for note in tree.get("notes") or [] if "sections" in tree]}
+
+
+def _evaluated(tree: dict[str, Any]) -> dict[str, Any] | None:
+    """One section of an evaluation; None without comparisons."""
+    comparisons = [c for c in tree.get("comparisons") or [] if isinstance(c, dict)]
     if not comparisons:
         return None
     rows = []
@@ -101,10 +118,8 @@ def evaluation(tree: dict[str, Any] | None) -> dict[str, Any] | None:
         c.get("mean_a"), c.get("mean_b"), (tree.get("originals") or {}).get(c.get("name")))]) for c in tree.get("statistics") or [] if isinstance(c, dict)]
     guarded = [(name, [_written(share, _SHARES) for share in shares]) for name, shares in (tree.get("guarded") or {}).items()]
     samples = [s for s in tree.get("samples") or [] if isinstance(s, dict)][:3]
-    temperature = tree.get("temperature")
-    how = "" if temperature is None else "greedy " if temperature == 0 else f"sampled (temperature {temperature:g}) "
-    return {"how": how, "a": str(tree.get("model_a", "A")), "b": str(tree.get("model_b", "B")), "prefixes": tree.get("prefixes", "?"),
-            "rows": rows, "statistics": statistic, "guarded": guarded, "samples": samples}
+    return {"name": str(tree.get("name", "held-out prefixes")), "prefixes": tree.get("items", tree.get("prefixes", "?")), "rows": rows,
+            "statistics": statistic, "guarded": guarded, "samples": samples, "notes": [str(note) for note in tree.get("notes") or []]}
 
 
 def duration(seconds: float) -> str:

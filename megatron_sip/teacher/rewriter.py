@@ -126,9 +126,14 @@ def split_half_word(prefix: str, original: str) -> tuple[str, str]:
 def join(prefix: str, original: str, answer: str) -> str | None:
     """What of ``answer`` continues ``prefix``, beginning with the white space of ``original``; ``None`` for nothing or a refusal."""
     text = _without_quotes(_without_echo(prefix, _without_quotes(answer.strip())).strip())
-    if not text or (_REFUSAL.match(text) and not _REFUSAL.match(original.strip())):
+    if not text or (is_refusal(text) and not is_refusal(original)):
         return None
     return original[: len(original) - len(original.lstrip())] + text
+
+
+def is_refusal(text: str) -> bool:
+    """True if ``text`` begins as assistants refuse."""
+    return _REFUSAL.match(text.strip()) is not None
 
 
 def echoes(template: str, answer: str, material: str) -> bool:

@@ -49,7 +49,7 @@ _FREE = (
     "teacher.urls", "teacher.replicas_file", "teacher.hedge_after", "teacher.rewriter.urls", "teacher.rewriter.replicas_file",
     "teacher.rewriter.api_key_file", "teacher.num_servers", "teacher.port", "teacher.api_key_file", "teacher.max_model_len", "teacher.tensor_parallel_size",
     "teacher.extra_args", "teacher.concurrency", "teacher.questions_per_request", "teacher.request_timeout", "teacher.retries", "teacher.ready_timeout",
-    "teacher.outage_timeout", "data.data_cache_path", "teacher.rewriter.cache_dir", "checkpoint.", "log.", "debug.", "health.",
+    "teacher.outage_timeout", "data.data_cache_path", "teacher.rewriter.cache_dir", "checkpoint.", "log.", "debug.", "health.", "evaluation.",
 )
 
 

@@ -5,6 +5,7 @@
     training.stream     pairs -> judged outcomes, in the order in which they are judged
     training.bank       what was judged, on disk, until it is trained and saved
     training.schedule   microbatches through Megatron's forward/backward schedule; the loss is objective.blend
+    training.heldout    what the policy writes on held-out prefixes, every n steps
     training.guard      is the step fit to change the weights?
     training.checkpoint save beside the training, verify, resume
     training.records    metrics.jsonl, wandb, audit.jsonl, the ledger of trained pairs
@@ -37,6 +38,7 @@ from megatron_sip.training.bank import Bank, Page, Replay
 from megatron_sip.training.checkpoint import Progress, Saver
 from megatron_sip.training.checkpoint_files import CheckpointError
 from megatron_sip.training.guard import StepReport, Verdict
+from megatron_sip.training.heldout import HeldOut
 from megatron_sip.training.metrics import merge_sums, say
 from megatron_sip.training.plan import StepPlan, plan_step
 from megatron_sip.training.records import Records
@@ -64,6 +66,7 @@ class Trainer:
         self.records: Records | None = None
         self.bank: Bank | None = None
         self.replay: Replay | None = None
+        self.heldout: HeldOut | None = None
         self._writing = False  # some rank's checkpoint writer is at work
         self._streams: dict[int, StepStream] = {}  # steps whose pools are under way; on leads
         self._alarm = ""  # why health.action=stop ends the run
@@ -91,6 +94,8 @@ class Trainer:
             self._open_outputs()
         with self.watch.during("waiting for servers", self._patience() + self.config.teacher.ready_timeout + self.config.rollout.ready_timeout):
             self.services.wait_ready()
+            if self.heldout is not None:
+                self.heldout.wait_ready()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self._generate() if self.config.debug.generate_only else self._steps()
@@ -125,7 +130,7 @@ class Trainer:
         """Stop everything that was started. May be called twice."""
         self.watch.close()
         self.services.close()
-        for part in (self.saver, self.records, *self._streams.values()):
+        for part in (self.saver, self.records, self.heldout, *self._streams.values()):
             if part is not None:
                 part.close()
 
@@ -156,6 +161,8 @@ class Trainer:
             self.tokenizer.fingerprint)
         for dataset in self.train_pairs.datasets:
             self._say(dataset.describe())
+        if config.evaluates:
+            self.heldout = HeldOut(config, self.runtime, self.tokenizer, self.services.heldout_engine, self._stopping)
 
     def _open_outputs(self) -> None:
         debug = self.config.debug
@@ -207,8 +214,12 @@ class Trainer:
             heldout = self._evaluate(step)
         waited = stream.waited if stream else 0.0
         self._wait_for_rollouts(step)
+        evaluating = time.monotonic()
+        heldout |= self._evaluate_writing(step)
         own = {"time/rollout": sum(each.generating for each in opened), "time/wait_judge": waited, "time/train": train_seconds - waited,
                "time/sync": sync_seconds}
+        if self._writing_is_due(step):
+            own["evaluation/seconds"] = time.monotonic() - evaluating
         if verdict.problem is None and grad_norm is not None:
             own["grad_norm"] = grad_norm
         with self.watch.during(f"step {step}: gathering metrics", self._patience()):
@@ -356,6 +367,21 @@ class Trainer:
         interval = self.config.train.eval_interval
         due = interval and (step % interval == 0 or step == self.config.train.train_iters)
         return self.schedule.heldout_loss(step, self.valid_pairs) if due else {}
+
+    def _writing_is_due(self, step: int) -> bool:
+        return self.heldout is not None and (step % self.config.evaluation.interval == 0 or step == self.config.train.train_iters)
+
+    def _evaluate_writing(self, step: int) -> dict[str, float]:
+        """Sums of what the weights after this step write. No rollout is under way, and the next step hands over the same weights once more."""
+        if not self._writing_is_due(step):
+            return {}
+        with self.watch.during(f"step {step}: evaluation of what the policy writes", self._patience(5) + self.config.rollout.request_timeout
+                               + self.config.evaluation.judge_timeout * len(self.config.evaluation.evaluators)):
+            problem = self.services.sync_heldout(self.policy, step + 1)
+            if problem is not None:
+                self._say(f"WARNING: step {step} is not evaluated: the weights did not reach the rollout engine: {problem}")
+                return {}
+            return self.heldout.measure(step)
 
     # -- beside the steps ---------------------------------------------------------------------------------------
 

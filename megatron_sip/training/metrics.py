@@ -1,7 +1,7 @@
 """Numbers that people look at: sums over microbatches and ranks in; console line, metrics.jsonl and wandb out.
 
-Every rank hands in a dictionary of sums; a mean is a sum over ``n/…`` of the same step, so uneven ranks (dropped
-pairs, a rank without any) weigh what they should. Keys that begin with ``max/`` are maximised.
+Every rank hands in a dictionary of sums; a mean is a sum over ``n/…`` of the same step (its own, ``n/KEY``, where none is
+named), so uneven ranks (dropped pairs, a rank without any) weigh what they should. Keys that begin with ``max/`` are maximised.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def means(sums: dict[str, float]) -> dict[str, float]:
             continue
         if key.startswith("max/"):
             shown[key.removeprefix("max/") + "_max"] = value
-        elif key in _DENOMINATOR:
-            if sums.get(_DENOMINATOR[key]):
-                shown[key] = value / sums[_DENOMINATOR[key]]
+        elif (of := _DENOMINATOR.get(key, f"n/{key}")) in sums or key in _DENOMINATOR:
+            if sums.get(of):
+                shown[key] = value / sums[of]
         else:
             shown[key] = value
     if not sums.get("n/rollout_tokens"):
@@ -172,7 +172,8 @@ class MetricsWriter:
         total, seconds = self._config.train.train_iters, statistics.median(self._step_times)
         parts = [f"step {step}/{total}", f"loss {m['loss']:.4f}" if "loss" in m else "loss -"]
         parts += [f"{name} {m[key]:.{digits}f}" for name, key, digits in (
-            ("reward", "reward", 3), ("held out", "eval/reward", 3), ("nll", "loss/nll", 4), ("dpo", "loss/dpo", 4), ("margin", "dpo/margin", 3), ("eval", "eval/suffix_nll", 4)) if key in m]
+            ("reward", "reward", 3), ("held out", "eval/reward", 3), ("nll", "loss/nll", 4), ("dpo", "loss/dpo", 4), ("margin", "dpo/margin", 3), ("eval", "eval/suffix_nll", 4),
+            ("repeats", "evaluation/repetition", 3)) if key in m]
         parts.append(f"grad {m['grad_norm']:.3f}" if "grad_norm" in m else "no update")
         if "chosen/rollout" in m:
             parts.append(f"chosen: rollout {m['chosen/rollout']:.0%} (chance {m['chosen/rollout_chance']:.0%})")

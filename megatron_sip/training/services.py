@@ -21,6 +21,7 @@ from megatron_sip.policy.model import Policy
 from megatron_sip.policy.runtime import Runtime
 from megatron_sip.policy.weights import gather_hf_state, hf_views
 from megatron_sip.rollout import vllm_engine
+from megatron_sip.rollout.engine import RolloutEngine
 from megatron_sip.rollout.sampler import InProcessEngine
 from megatron_sip.servers import LocalServers
 from megatron_sip.teacher.client import Teacher
@@ -35,6 +36,7 @@ class RunServices:
         self._config, self._runtime = config, runtime
         self._servers: list[LocalServers] = []
         self.for_stream = Services(tokenizer, None, None, self._check)
+        self.heldout_engine: RolloutEngine | None = None  # as for_stream.engine, with the sampling settings of evaluation.*
 
     def start(self, policy: Policy) -> None:
         """Start local servers and clients; collective over all ranks.
@@ -50,7 +52,7 @@ class RunServices:
             if self._runtime.is_lead:
                 self.for_stream.teacher = Teacher(config.teacher, quorum=config.pool.quorum, seed=config.run.seed, run_dir=config.run.dir,
                                                   urls=urls, api_key=key, clients=self._runtime.dp_size)
-        if config.pool.rollouts and not config.debug.replaying:
+        if config.needs_engine:
             if config.rollout.engine == "in_process":
                 self._start_sampler(policy)
             else:
@@ -85,13 +87,24 @@ class RunServices:
             engine.expect(version)
         return problem[0]
 
+    def sync_heldout(self, policy: Policy, version: int) -> str | None:
+        """The same for continuations of held-out prefixes; no rollout may be under way."""
+        if self._config.rollout.engine == "in_process":
+            policy.gather_params()
+            self.heldout_engine.sync(version)
+            return None
+        problem = self.sync(policy, version)
+        if self.heldout_engine is not None:
+            self.heldout_engine.expect(version)
+        return problem
+
     def metrics(self) -> dict[str, float]:
         """What the teacher's client of this rank measured since the last call."""
         return self.for_stream.teacher.metrics() if self.for_stream.teacher is not None else {}
 
     def close(self) -> None:
         """Stop clients, then servers. May be called twice."""
-        for part in (self.for_stream.engine, self.for_stream.teacher, *self._servers):
+        for part in (self.for_stream.engine, self.heldout_engine, self.for_stream.teacher, *self._servers):
             if part is not None:
                 part.close()
         self._servers.clear()
@@ -122,9 +135,14 @@ class RunServices:
 
     def _start_sampler(self, policy: Policy) -> None:
         config, rollout, vocab = self._config, self._config.rollout, policy.true_vocab_size
-        self.for_stream.engine = InProcessEngine(
-            hf_config(config, vocab), lambda: hf_views(policy, config, vocab), eod_id=self.for_stream.tokenizer.eod_id,
-            temperature=rollout.temperature, top_p=rollout.top_p, batch_size=rollout.batch_size)
+
+        def engine(temperature: float, top_p: float) -> InProcessEngine:
+            return InProcessEngine(hf_config(config, vocab), lambda: hf_views(policy, config, vocab), eod_id=self.for_stream.tokenizer.eod_id,
+                                   temperature=temperature, top_p=top_p, batch_size=rollout.batch_size)
+
+        self.for_stream.engine = engine(rollout.temperature, rollout.top_p)
+        if config.evaluates:
+            self.heldout_engine = engine(config.evaluation.temperature, 1.0)
 
     def _start_vllm(self, policy: Policy) -> None:
         config, rollout, vocab = self._config, self._config.rollout, policy.true_vocab_size
@@ -143,10 +161,15 @@ class RunServices:
 
         urls, key = self._shared(servers)
         if self._runtime.is_lead:
-            self.for_stream.engine = vllm_engine.VllmEngine(
-                urls, key, vocab_size=vocab, max_positions=config.seq_length, eod_id=self.for_stream.tokenizer.eod_id,
-                temperature=rollout.temperature, top_p=rollout.top_p, request_timeout=rollout.request_timeout,
-                ready_timeout=rollout.ready_timeout, check=self._check)
+
+            def engine(temperature: float, top_p: float) -> vllm_engine.VllmEngine:
+                return vllm_engine.VllmEngine(
+                    urls, key, vocab_size=vocab, max_positions=config.seq_length, eod_id=self.for_stream.tokenizer.eod_id, temperature=temperature,
+                    top_p=top_p, request_timeout=rollout.request_timeout, ready_timeout=rollout.ready_timeout, check=self._check)
+
+            self.for_stream.engine = engine(rollout.temperature, rollout.top_p)
+            if config.evaluates:
+                self.heldout_engine = engine(config.evaluation.temperature, 1.0)
 
 
 def _key(file: Path | None, variable: str) -> str | None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sip.evaluation.statistics import bootstrap_interval, compare, text_statistics
+from megatron_sip.evaluation.statistics import bootstrap_interval, compare, longest_repeat, pooled, text_statistics, wilson_interval
 
 
 def test_ties_count_half_and_no_answers_do_not_count():
@@ -68,3 +68,25 @@ def test_text_statistics():
         {"length": 8, "repetition": 1 / 5, "distinct 1": 4 / 8, "distinct 2": 4 / 7, "prefix overlap": 2 / 5}
     )
     assert text_statistics([], [1]) == {"length": 0, "repetition": 0, "distinct 1": 1, "distinct 2": 1, "prefix overlap": 0}
+
+
+@pytest.mark.parametrize("ids,longest", [([], 0), ([1], 0), ([1, 2, 3], 0), ([1, 2, 3, 1, 2, 4, 1, 2, 3], 3), ([5, 5, 5, 5], 3), ([1, 2, 1, 2, 1, 2], 4)])
+def test_longest_repeat(ids, longest):
+    assert longest_repeat(ids) == longest
+    brute = max((n for n in range(1, len(ids)) for i in range(len(ids) - n + 1) for j in range(i) if ids[i : i + n] == ids[j : j + n]), default=0)
+    assert longest == brute
+
+
+def test_wilson_interval():
+    # Roots of |p - x| = z sqrt(x (1 - x) / n) for 9 of 10, from the quadratic by hand.
+    assert wilson_interval(np.array([1.0] * 9 + [0.0])) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert wilson_interval(np.ones(5))[1] == 1.0 and wilson_interval(np.zeros(5))[0] == 0.0
+    shares = compare("x", [1.0, 0.0, None], [1.0, 1.0, 1.0], seed=0)
+    assert shares.interval_a == wilson_interval(np.array([1.0, 0.0])) and shares.interval_b == wilson_interval(np.ones(2))
+    assert compare("x", [0.5, 0.0], [1.0, 1.0], seed=0).interval_a is None
+
+
+def test_pooled_sets_count_by_their_samples():
+    parts = [compare("safe", [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], seed=0), compare("safe", [0.0], [1.0], seed=0, trained_on=True)]
+    whole = pooled("all", parts, seed=0)
+    assert (whole.mean_a, whole.mean_b, whole.name, whole.trained_on) == (0.5, 0.25, "all", True)

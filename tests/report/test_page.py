@@ -166,7 +166,18 @@ def test_greedy_and_sampled_evaluations_are_both_shown(make_run):
         tree = {"temperature": temperature, "prefixes": 8, "comparisons": [{"name": "likelihood", "win_rate": rate}]}
         (run / f"{name}.json").write_text(json.dumps(tree))
     text = Page(write_report(run)).text
-    assert text.index("Their greedy continuations of 8") < text.index("62.5%") < text.index("Their sampled (temperature 1) continuations") < text.index("37.5%")
+    assert text.index("Their greedy continuations") < text.index("62.5%") < text.index("Their sampled (temperature 1) continuations") < text.index("37.5%")
+
+
+def test_sections_of_an_evaluation_are_shown_one_after_the_other(make_run):
+    run = make_run()
+    sections = [{"name": name, "items": items, "comparisons": [{"name": "quality by M", "win_rate": rate}], "notes": [f"note of {name}"]}
+                for name, items, rate in (("ordinary prefixes", 41, 0.625), ("safety: ToxiGen", 43, 0.375))]
+    (run / "evaluation.json").write_text(json.dumps({"format": 2, "temperature": 0, "notes": ["of all"], "sections": [*sections, {"name": "empty"}, "no section"]}))
+    text = Page(write_report(run)).text
+    order = ("of all", "ordinary prefixes: 41", "62.5%", "note of ordinary", "safety: ToxiGen: 43", "37.5%")
+    places = [text.index(shown) for shown in order]
+    assert places == sorted(places) and "empty" not in text[places[0] : places[-1] + 200]
 
 
 def test_command_line(make_run, tmp_path):

@@ -115,7 +115,8 @@ def test_drops_are_added_up_over_the_run():
 
 def test_no_answer_in_an_evaluation_is_a_dash_and_no_zero():
     shown = tables.evaluation({"comparisons": [{"name": "x", "win_rate": None, "interval": None, "mean_a": None}]})
-    assert shown["rows"][0]["win_rate"] == shown["rows"][0]["interval"] == shown["rows"][0]["means"][0] == "–"
+    [row] = shown["sections"][0]["rows"]
+    assert row["win_rate"] == row["interval"] == row["means"][0] == "–"
     assert tables.evaluation(None) is None and tables.evaluation({"comparisons": []}) is None
 
 
