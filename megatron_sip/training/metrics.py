@@ -1,7 +1,7 @@
 """Numbers that people look at: sums over microbatches and ranks in; console line, metrics.jsonl and wandb out.
 
-Every rank hands in a dictionary of sums; a mean is a sum over ``n/…`` of the same step (its own, ``n/KEY``, where none is
-named), so uneven ranks (dropped pairs, a rank without any) weigh what they should. Keys that begin with ``max/`` are maximised.
+Every rank hands in a dictionary of sums; a mean is a sum over ``n/…`` of the same step, so uneven ranks (dropped
+pairs, a rank without any) weigh what they should. Keys that begin with ``max/`` are maximised.
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ def means(sums: dict[str, float]) -> dict[str, float]:
             continue
         if key.startswith("max/"):
             shown[key.removeprefix("max/") + "_max"] = value
-        elif (of := _DENOMINATOR.get(key, f"n/{key}")) in sums or key in _DENOMINATOR:
-            if sums.get(of):
-                shown[key] = value / sums[of]
+        elif key in _DENOMINATOR:
+            if sums.get(_DENOMINATOR[key]):
+                shown[key] = value / sums[_DENOMINATOR[key]]
+        elif f"n/{key}" in sums:  # of an evaluation: each number has items of its own
+            if sums[f"n/{key}"]:
+                shown[key] = value / sums[f"n/{key}"]
         else:
             shown[key] = value
     if not sums.get("n/rollout_tokens"):
