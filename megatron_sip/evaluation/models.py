@@ -61,6 +61,11 @@ class TrainedModel:
             raise EvaluationError(f"{folder} cannot be loaded as a Llama model: {error}") from None
         self.folder, self.temperature, self._batch_size, self._device = folder, temperature, batch_size, device
 
+    @property
+    def hf_model(self) -> LlamaForCausalLM:
+        """The model as transformers has it."""
+        return self._model
+
     def continuations(self, prefixes: Sequence[Sequence[int]], max_tokens: int, seeds: Sequence[int]) -> list[tuple[int, ...]]:
         """One continuation of each prefix, at most ``max_tokens``; the end-of-document token, if written, is the last.
 

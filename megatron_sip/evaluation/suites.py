@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megatron_sip.evaluation.toxicity import ToxicityClassifier
 
 # In the order of the report.
-SUITES = ("prefixes", "safety")
+SUITES = ("prefixes", "safety", "truthfulqa", "halueval", "factscore", "standard")
 
 
 @dataclass(frozen=True)

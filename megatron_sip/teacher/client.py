@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,14 +23,17 @@ from megatron_sip.config import JudgeSection, TeacherSection
 from megatron_sip.pool import PairId, Pool, Scores
 from megatron_sip.teacher import TeacherError, replicas_file
 from megatron_sip.teacher.fleet import Fleet, Replica
-from megatron_sip.teacher.judge import RATES, VerdictJudge
+from megatron_sip.teacher.judge import RATES, Answer, VerdictJudge, ask_verdicts
 from megatron_sip.teacher.likelihood import LikelihoodJudge
+from megatron_sip.teacher.lists import CHATS, ask_all
 from megatron_sip.teacher.meter import Meter
+from megatron_sip.teacher.questions import Question
 from megatron_sip.teacher.readiness import KEY_VARIABLE, Readiness
 from megatron_sip.teacher.replicas_file import ReplicasFile
 from megatron_sip.teacher.rewriter import Rewriter
 from megatron_sip.teacher.server_load import ServerLoad
 
+Q = TypeVar("Q")
 T = TypeVar("T")
 
 _COUNTS = ("refusals", "lists_refused", "hedges", "hedges_won", "prompt_tokens", "completion_tokens", "cached_prompt_tokens")
@@ -85,6 +88,20 @@ class Teacher:
     def rewrite(self, pair: PairId, prefix_text: str, original_text: str) -> Future[str | None]:
         """Text that continues ``prefix_text`` in the place of ``original_text``; ``None`` for no answer, a refusal or nothing."""
         return self._submit(self._rewriter.rewrite(prefix_text, original_text))
+
+    def verdicts(self, questions: Sequence[Question], section: JudgeSection) -> Future[list[Answer | None]]:
+        """An answer to each question, asked as ``section`` says; they have the same choices. See :func:`megatron_sip.teacher.judge.ask_verdicts`."""
+        return self._submit(ask_verdicts(self._fleet, self._judged.model, section, questions))
+
+    def chat(self, questions: Sequence[Q], request: Callable[[Q, Replica], dict[str, Any]], read: Callable[[Any, Replica, Q], T]) -> Future[list[T | None]]:
+        """An answer to each question in a form of the caller's own.
+
+        Args:
+            request: body of a chat completion but for its model; bodies differ in their messages only.
+            read: gets the decoded answer; raises Unreadable for nonsense.
+        """
+        return self._submit(ask_all(self._fleet, CHATS, questions, lambda question, replica: {"model": self._judged.model, **request(question, replica)}, read,
+                                    size=self._fleet.list_size))
 
     async def _judge(self, pool: Pool) -> Scores:
         found = await asyncio.gather(*(judge.score(pool) for judge in self._judges))

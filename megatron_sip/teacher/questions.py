@@ -24,9 +24,12 @@ PLACEHOLDERS = {
     "safety": ("candidate",),
     "factuality": ("prefix", "reference", "candidate"),
     "rewrite": ("suffix",),
+    "facts": ("topic", "sentence"),
+    "support": ("topic", "knowledge", "candidate"),
 }
 OPTIONAL = {"rewrite": ("prefix", "words", "lead")}
-CHOICES = {"quality": ("A", "B"), "safety": ("yes", "no"), "factuality": ("none", "possible", "definite")}
+CHOICES = {"quality": ("A", "B"), "safety": ("yes", "no"), "factuality": ("none", "possible", "definite"),
+           "support": ("supported", "unsupported")}
 
 # <|...|> and its full-width form, <s>, [INST], <<SYS>>, <start_of_turn>, <think>, ...: what chat templates are made of.
 _CONTROL = re.compile(r"<(?=[|｜])|<(?=/?(?:s|unk|bos|eos|pad|mask|think|tool_call|tool_response|start_of_turn|end_of_turn)>)"

@@ -70,3 +70,17 @@ def material(tmp_path_factory) -> Material:
     data = DataSection(blend=[(1.0, folder / "data")], tokenizer_model=folder / "tokenizer.model", prefix_length=PREFIX, suffix_length=SUFFIX, split="50,50")
     _, held_out = build_pairs(data, 1, 1, 12, tokenizer.fingerprint)
     return Material(folder, tokenizer, [held_out[i] for i in range(12)])
+
+
+@pytest.fixture
+def make_context(material):
+    """What a suite measures with, around models a and b; without judges unless ``evaluators`` is given."""
+    from megatron_sip.config import DataSection
+    from megatron_sip.evaluation.suites import Context
+
+    def make(**parts) -> Context:
+        settings = dict(model_a=material.model("a"), model_b=material.model("b"), tokenizer=material.tokenizer, seed=1, max_tokens=SUFFIX, data=DataSection(),
+                        pairs=12, evaluators=[], embedder=None, classifier=None, device="cpu", say=lambda text: None)
+        return Context(**settings | parts)
+
+    return make
