@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${SIP_VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 
-SIP_VENV=$venv bash "$root/examples/install.sh" cpu,serve-cpu,eval,data,dev
+SIP_VENV=$venv bash "$root/examples/install.sh" cpu,serve-cpu,eval,standard,data,dev
 cd "$root"
 # Compiling pieces of Megatron costs minutes on a CPU and changes no result.
 export TORCHDYNAMO_DISABLE=1

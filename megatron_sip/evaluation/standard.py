@@ -210,7 +210,8 @@ def average(name: str, a: Sequence[Result], b: Sequence[Result], *, seed: int) -
         # As drawing questions with replacement, but by how often each value is drawn.
         resampled += generator.multinomial(len(differences), counts / len(differences), size=_RESAMPLES) @ values / len(differences)
     low, high = np.percentile(resampled / len(a), [2.5, 97.5])
-    return replace(compare(name, [one.mean for one in a], [other.mean for other in b], seed=seed), interval=None, difference_interval=(float(low), float(high)))
+    return replace(compare(name, [one.mean for one in a], [other.mean for other in b], seed=seed), interval=None, interval_a=None, interval_b=None,
+                   difference_interval=(float(low), float(high)))
 
 
 def _mean(results: Sequence[Result]) -> float:
