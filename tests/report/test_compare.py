@@ -199,6 +199,9 @@ def test_a_folder_without_settings_still_has_curves_against_steps_and_time(tmp_p
     (run / "run.yaml").unlink()
     comparison = compare(read_sources([str(run)]))
     assert set(comparison.axes["a"].at) == {"step", "wall"} and comparison.baseline is None
+    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 1.0, "time/step": 1.0}\n')
+    notes = compare(read_sources([str(run)])).notes
+    assert "a: 2 of the first 4 steps are not in its history" in notes[-1] and any("some steps have no time/step" in note for note in notes)
     assert any("there is no run.yaml" in warning for warning in comparison.warnings)
     with pytest.raises(ReportError, match="--x tokens: no run has it"):
         write_comparison(comparison, tmp_path / "out", "tokens")
