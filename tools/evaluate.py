@@ -16,6 +16,7 @@ Judges that trained a model tell whether training worked, not whether the text i
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def main() -> int:
     from megatron_sip.evaluation.report import format_report, write_json
     from megatron_sip.evaluation.session import run
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers are stopped on the way out
     try:
         report = run(arguments)
         if arguments.output:
@@ -37,6 +39,9 @@ def main() -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -44,7 +49,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="A", help="model A: Hugging Face folder, run, or checkpoint")
     parser.add_argument("--against", type=Path, required=True, metavar="B", help="model B")
-    parser.add_argument("--config", type=Path, help="YAML of a run: data, judges and seed are taken from it (default: run.yaml of A, or of B)")
+    parser.add_argument("--config", type=Path, help="YAML of a run: data, judges and seed are taken from it (default: run.yaml of A, else of B)")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="overrides of the configuration")
     parser.add_argument("--data", nargs="+", metavar="PREFIX", help="datasets as path prefixes without .bin/.idx (instead of the configuration's)")
     parser.add_argument("--tokenizer-model", type=Path, help="sentencepiece model of the data (instead of the configuration's)")
@@ -62,7 +67,8 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     judges.add_argument("--evaluator", action="append", default=[], metavar="YAML",
                         help="a judge that trained neither model, as an entry of teacher.judges with model, and urls or a folder to serve: "
                              "'{kind: quality, model: DIR, samples: 8}'; may be given several times")
-    judges.add_argument("--allow-training-judge", action="store_true", help="ask an --evaluator that trained a model all the same, and mark what it says")
+    judges.add_argument("--allow-training-judge", action="store_true",
+                        help="ask an --evaluator that trained a model all the same, and mark what it says")
     judges.add_argument("--no-judge", action="store_true", help="do not ask the run's own judges")
     judges.add_argument("--teacher-model", help="the run's own judges are of this model, on local servers")
     judges.add_argument("--teacher-url", nargs="+", default=[], metavar="URL", help="they run here")
@@ -76,7 +82,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1")
     if arguments.evaluator and (arguments.teacher_model or arguments.teacher_url):
-        parser.error("--teacher-model and --teacher-url are of the run's own judges, which are not asked beside an --evaluator; give them as another one")
+        parser.error("--teacher-model and --teacher-url are of the run's own judges, which are not asked beside an --evaluator; give them as another")
     if arguments.allow_training_judge and not arguments.evaluator:
         parser.error("--allow-training-judge is about --evaluator, which is not given")
     return arguments

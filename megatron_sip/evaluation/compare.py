@@ -64,7 +64,8 @@ class Continued:
         ]
 
 
-def continue_both(pairs: Sequence[HeldOutPair], tokenizer: TextOf, model_a: TrainedModel, model_b: TrainedModel, *, max_tokens: int, seed: int) -> Continued:
+def continue_both(pairs: Sequence[HeldOutPair], tokenizer: TextOf, model_a: TrainedModel, model_b: TrainedModel, *, max_tokens: int,
+                  seed: int) -> Continued:
     """Let both models write after every prefix.
 
     Args:
@@ -81,8 +82,8 @@ def continue_both(pairs: Sequence[HeldOutPair], tokenizer: TextOf, model_a: Trai
     return Continued(tuple(pairs), a, b, tuple(_sample(*each) for each in zip(pairs, [tokenizer] * len(pairs), a, b)))
 
 
-def measure(name: str, texts: Continued, model_a: TrainedModel, model_b: TrainedModel, *, seed: int, answers: Sequence[Answers] = (), quorum: float = 0.5,
-            embedder: SentenceEmbedder | None = None, classifier: ToxicityClassifier | None = None) -> Section:
+def measure(name: str, texts: Continued, model_a: TrainedModel, model_b: TrainedModel, *, seed: int, answers: Sequence[Answers] = (),
+            quorum: float = 0.5, embedder: SentenceEmbedder | None = None, classifier: ToxicityClassifier | None = None) -> Section:
     """Compare what A and B wrote.
 
     Args:
@@ -108,8 +109,8 @@ def measure(name: str, texts: Continued, model_a: TrainedModel, model_b: Trained
         comparisons.append(compare(LOSS, model_a.suffix_losses(prefixes, suffixes), model_b.suffix_losses(prefixes, suffixes), seed=seed,
                                    lower_is_better=True))
     if classifier is not None:
-        comparisons.append(compare(TOXICITY, classifier.probabilities([s.a for s in samples]), classifier.probabilities([s.b for s in samples]), seed=seed,
-                                   lower_is_better=True))
+        a, b = (classifier.probabilities([getattr(s, side) for s in samples]) for side in "ab")
+        comparisons.append(compare(TOXICITY, a, b, seed=seed, lower_is_better=True))
     statistics, originals = _statistics(texts, embedder, seed)
     notes = {one.evaluator.note: None for one in answers if one.evaluator.note}
     return Section(name, len(samples), tuple(comparisons), statistics, originals, guarded, flips,
@@ -119,13 +120,15 @@ def measure(name: str, texts: Continued, model_a: TrainedModel, model_b: Trained
 def _statistics(texts: Continued, embedder: SentenceEmbedder | None, seed: int) -> tuple[tuple[Comparison, ...], dict[str, float]]:
     """Numbers without a better side, of A and B; and their means over the original suffixes, where there are some."""
     sides = [texts.a, texts.b] + ([[pair.suffix_ids for pair in texts.pairs]] if texts.has_suffixes else [])
-    numbers = [[{**text_statistics(ids, pair.prefix_ids), "longest repeat": float(longest_repeat(ids))} for ids, pair in zip(side, texts.pairs)] for side in sides]
+    numbers = [[{**text_statistics(ids, pair.prefix_ids), "longest repeat": float(longest_repeat(ids))} for ids, pair in zip(side, texts.pairs)]
+               for side in sides]
     columns = {name: [[row[name] for row in side] for side in numbers] for name in numbers[0][0]}
     if embedder is not None:
         prefixes = [sample.prefix for sample in texts.samples]
         written = [[getattr(sample, side) for sample in texts.samples] for side in ("a", "b", "original")[: len(sides)]]
         columns[COHERENCE] = [embedder.similarities(side, prefixes) for side in written]
-    originals = {name: sum(some) / len(some) for name, column in columns.items() if len(column) > 2 and (some := [x for x in column[2] if x is not None])}
+    known = {name: [x for x in column[2] if x is not None] for name, column in columns.items() if len(column) > 2}
+    originals = {name: sum(some) / len(some) for name, some in known.items() if some}
     return tuple(compare(name, column[0], column[1], seed=seed) for name, column in columns.items()), originals
 
 

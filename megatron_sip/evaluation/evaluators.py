@@ -92,15 +92,16 @@ def parse_evaluators(texts: Sequence[str], judges: list[TrainingJudge], *, allow
     for text in texts:
         entry = parse_section(text, EvaluatorSection, "--evaluator")
         if not entry.urls and not (Path(entry.model) / "config.json").is_file():
-            raise EvaluationError(f"--evaluator: {entry.model} is no folder of a Hugging Face model (no config.json); give its folder, or the urls of servers "
-                                  "that serve it")
+            raise EvaluationError(f"--evaluator: {entry.model} is no folder of a Hugging Face model (no config.json); give its folder, or the urls "
+                                  "of servers that serve it")
         why = same_judge(entry.kind, entry.model, judges)
         if why and not allow_training_judge:
-            raise EvaluationError(f"--evaluator {entry.kind} of {entry.model} is the judge that trained the run: {why}. A policy pleases its own judge "
-                                  "whether or not it writes better; give another model, or --allow-training-judge to have it asked and marked")
+            raise EvaluationError(f"--evaluator {entry.kind} of {entry.model} is the judge that trained the run: {why}. A policy pleases its own "
+                                  "judge whether or not it writes better; give another model, or --allow-training-judge to have it asked and marked")
         other = None if why else related(entry.kind, entry.model, judges)
         note = f"{entry.model} trained the run as kind={other}, so as kind={entry.kind} it is not independent of it." if other else ""
-        base = entry.name or f"{entry.kind} by {Path(entry.model).resolve().name if Path(entry.model).is_dir() else entry.model.rstrip('/').split('/')[-1]}"
+        folder = Path(entry.model).resolve() if Path(entry.model).is_dir() else Path(entry.model)
+        base = entry.name or f"{entry.kind} by {folder.name}"
         alike = sum(one.name == base or one.name.startswith(f"{base} (") for one in found)
         found.append(Evaluator(base if not alike else f"{base} ({alike + 1})", teacher_section(entry, device), bool(why), note))
     return found
@@ -108,7 +109,8 @@ def parse_evaluators(texts: Sequence[str], judges: list[TrainingJudge], *, allow
 
 def teacher_section(entry: EvaluatorSection, device: str) -> TeacherSection:
     """The same as a client reads it. Of two candidates all pairs are one pair, whatever the strategy."""
-    judge = JudgeSection(**{name: getattr(entry, name) for name in JudgeSection.model_fields} | {"strategy": "all_pairs", "swiss_rounds": None, "weight": 1.0})
+    own = {name: getattr(entry, name) for name in JudgeSection.model_fields}
+    judge = JudgeSection(**own | {"strategy": "all_pairs", "swiss_rounds": None, "weight": 1.0})
     servers = {name: getattr(entry, name) for name in EvaluatorSection.model_fields if name not in JudgeSection.model_fields and name != "name"}
     if entry.dtype == "auto" and device.startswith("cpu"):
         servers["dtype"] = "float32"
@@ -116,7 +118,7 @@ def teacher_section(entry: EvaluatorSection, device: str) -> TeacherSection:
 
 
 class Evaluators:
-    """Life: ``ask`` as often as needed, ``close``.
+    """Life: ``check``, ``ask`` as often as needed, ``close``.
 
     Args:
         seed: of the order in which candidates are shown.
@@ -167,6 +169,12 @@ class Evaluators:
         self._current = evaluator, Running(client, urls or client.urls, key)
         return self._current[1]
 
+    def check(self) -> None:
+        """Those on running servers answer, before anything is computed for them; raises as :meth:`running` does."""
+        for evaluator in self._evaluators:
+            if evaluator.section.urls or evaluator.section.replicas_file:
+                self.running(evaluator)
+
     def ask(self, pools: Sequence[Pool], kinds: Collection[str] | None = None) -> list[Answers]:
         """Every evaluator about every pool; with ``kinds`` only those that have a judge of such a kind.
 
@@ -202,7 +210,8 @@ def gather(judge: Callable[[Pool], Any], pools: Sequence[Pool], timeout: float, 
         return [future.result(timeout=max(0.0, deadline - time.monotonic())) for future in futures]
     except FutureTimeout:
         done = sum(future.done() for future in futures)
-        raise EvaluationError(f"{name} answered {done} of {len(pools)} prefixes within {timeout:.0f} s; raise --judge-timeout or ask fewer pairs") from None
+        raise EvaluationError(f"{name} answered {done} of {len(pools)} prefixes within {timeout:.0f} s; raise --judge-timeout or ask fewer pairs"
+                              ) from None
 
 
 # -- what the answers come to ---------------------------------------------------------------------------------------------

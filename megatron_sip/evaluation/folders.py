@@ -61,8 +61,8 @@ def locate(path: Path) -> Source:
         return Source(str(path), path, False)
     found = path if (path / "meta.json").is_file() else _newest(path)
     if found is None:
-        raise EvaluationError(f"{path} is neither a Hugging Face folder (it has no config.json) nor a run with a checkpoint (it has no iter_... folder); "
-                              "give one of them")
+        raise EvaluationError(f"{path} is neither a Hugging Face folder (it has no config.json) nor a run with a checkpoint (it has no iter_... "
+                              "folder); give one of them")
     settings = found / "run.yaml"
     if not settings.is_file():
         raise EvaluationError(f"{found} is not a whole checkpoint: it has no run.yaml; give an earlier one")

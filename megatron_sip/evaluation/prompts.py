@@ -51,8 +51,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 def read_toxigen(path: Path) -> list[Prompt]:
     r"""ToxiGen's prompts that lead to toxic statements.
 
-    Either a folder with the files ``hate_*_1k.txt`` of its repository (a prompt a line, its lines separated by a literal ``\n``), one such file, or a CSV or
-    JSON lines with the columns of its dataset (``prompt``, ``group``, ``prompt_label``), of which the prompts with label 1 are taken once each.
+    Either a folder with the files ``hate_*_1k.txt`` of its repository (a prompt a line, its lines separated by a literal ``\n``), one such file, or a
+    CSV or JSON lines with the columns of its dataset (``prompt``, ``group``, ``prompt_label``), of which each prompt with label 1 is taken once.
 
     Raises:
         EvaluationError: missing, not of this form, or empty.
@@ -60,7 +60,8 @@ def read_toxigen(path: Path) -> list[Prompt]:
     if path.is_dir():
         files = sorted(path.glob("hate_*.txt"))
         if not files:
-            raise EvaluationError(f"{path} has no hate_*.txt; give the folder `prompts` of ToxiGen's repository, or a table of its dataset (CSV, JSON lines)")
+            raise EvaluationError(f"{path} has no hate_*.txt; give the folder `prompts` of ToxiGen's repository, or a table of its dataset "
+                                  "(CSV, JSON lines)")
         return [prompt for file in files for prompt in _toxigen_text(file)]
     if path.suffix == ".txt":
         return _toxigen_text(path)
@@ -69,14 +70,15 @@ def read_toxigen(path: Path) -> list[Prompt]:
     for number, row in rows:
         text, label = row.get("prompt"), str(row.get("prompt_label")).strip()
         if not isinstance(text, str) or not text.strip() or label not in ("0", "1", "0.0", "1.0"):
-            raise EvaluationError(f"{path}, line {number}: prompt={text!r:.60}, prompt_label={label!r:.20}; ToxiGen's rows have a text and 0 or 1 there")
+            raise EvaluationError(f"{path}, line {number}: prompt={text!r:.60}, prompt_label={label!r:.20}; ToxiGen's rows have a text, and "
+                                  "0 or 1, there")
         if label.startswith("1"):
             found.setdefault(text, Prompt(str(path), number, text.replace("\\n", "\n"), str(row.get("group", ""))))
     return _some(path, list(found.values()))
 
 
 def read_xstest(path: Path) -> list[Prompt]:
-    """XSTest's ``xstest_prompts.csv``; the label is ``safe`` or ``unsafe`` (where the column is missing: unsafe for types that begin with ``contrast_``).
+    """XSTest's ``xstest_prompts.csv``; the label is ``safe`` or ``unsafe`` (without that column: unsafe for types that begin with ``contrast_``).
 
     Raises:
         EvaluationError: missing, not of this form, or empty.
@@ -85,7 +87,8 @@ def read_xstest(path: Path) -> list[Prompt]:
     for number, row in _csv_rows(path, ("prompt", "type")):
         text, label = row["prompt"], row.get("label") or ("unsafe" if row["type"].startswith("contrast_") else "safe")
         if not text.strip() or label not in ("safe", "unsafe"):
-            raise EvaluationError(f"{path}, line {number}: prompt={text!r:.60}, label={label!r:.20}; XSTest's rows have a text, and safe or unsafe, there")
+            raise EvaluationError(f"{path}, line {number}: prompt={text!r:.60}, label={label!r:.20}; XSTest's rows have a text, and "
+                                  "safe or unsafe, there")
         found.append(Prompt(str(path), number, text, label))
     return _some(path, found)
 
@@ -97,7 +100,8 @@ def as_pairs(prompts: Sequence[Prompt], tokenizer: Tokenizer, prefix_length: int
     pairs = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt.text.strip())  # a space at the end would be a token of its own, after which models go astray
-        pairs.append(Pair(PairId(prompt.file, prompt.line, max(0, len(ids) - prefix_length)), tuple(ids[-prefix_length:]), (), len(ids) <= prefix_length))
+        lost = max(0, len(ids) - prefix_length)
+        pairs.append(Pair(PairId(prompt.file, prompt.line, lost), tuple(ids[lost:]), (), lost == 0))
     return pairs
 
 
@@ -133,10 +137,12 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
     reader = csv.DictReader(_text(path).splitlines(keepends=True))
     missing = [column for column in columns if column not in (reader.fieldnames or [])]
     if missing:
-        raise EvaluationError(f"{path}, line 1: no column {', '.join(missing)} (columns: {', '.join(reader.fieldnames or []) or 'none'}); give the file as it is published")
+        there = ", ".join(reader.fieldnames or []) or "none"
+        raise EvaluationError(f"{path}, line 1: no column {', '.join(missing)} (columns: {there:.200}); give the file as it is published")
     for row in reader:
         if None in row or None in row.values():
-            raise EvaluationError(f"{path}, line {reader.line_num}: {'more' if None in row else 'fewer'} fields than line 1 has columns; fetch the file again")
+            many = "more" if None in row else "fewer"
+            raise EvaluationError(f"{path}, line {reader.line_num}: {many} fields than line 1 has columns; fetch the file again")
         yield reader.line_num, row
 
 

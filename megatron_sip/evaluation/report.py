@@ -76,8 +76,12 @@ def write_json(report: Report, path: Path) -> None:
 def _section(section: Section) -> Iterator[str]:
     yield f"== {section.name}: {section.items} =="
     if section.comparisons:
-        yield f"{'A against B':48}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}{'A - B':>10}  95% interval"
-        yield from map(_win_line, section.comparisons)
+        yield (f"{'A against B':48}{'A wins':>8}  {'95% interval':16}{'won/tied/lost':>16}{'no answer':>11}{'mean A':>10}{'mean B':>10}{'A - B':>10}"
+               "  95% interval")
+        for c in section.comparisons:
+            yield _win_line(c)
+            if c.interval_a is not None and c.interval_b is not None:
+                yield f"        {_share('A', c.mean_a, c.interval_a)}, {_share('B', c.mean_b, c.interval_b)}"
     for name, (a, b) in section.guarded.items():
         yield f"    The guard of {name} (copies, repetition) caught {a:.0%} of A's continuations and {b:.0%} of B's; two that are caught tie."
     for name, rate in section.order_flips.items():
@@ -116,6 +120,10 @@ def _statistic_line(c: Comparison, original: float | None) -> str:
 
 def _bounds(c: Comparison) -> str:
     return "" if c.difference_interval is None else f"{c.difference_interval[0]:+.3f} - {c.difference_interval[1]:+.3f}"
+
+
+def _share(who: str, share: float | None, interval: tuple[float, float]) -> str:
+    return f"{who} {share:.1%} ({interval[0]:.1%} - {interval[1]:.1%})"
 
 
 def _number(value: float | None, style: str = ".3f") -> str:

@@ -1,11 +1,12 @@
 """One evaluation from its command line to its report; what tools/evaluate.py does.
 
-In: parsed flags. Out: a :class:`~.report.Report`. Everything that can be wrong with flags and files is found before a model is loaded or a server started.
+In: parsed flags. Out: a :class:`~.report.Report`. What can be wrong with flags and files is found before a model is loaded or a server started.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -71,34 +72,43 @@ def settle(arguments: argparse.Namespace) -> Settings:
 
 
 def own_judges(teacher: TeacherSection, arguments: argparse.Namespace) -> Evaluator | None:
-    """The run's judges, marked; None without a model."""
+    """The run's judges, marked; None without a model. EvaluationError: servers of no model."""
     if arguments.teacher_model:
         teacher.model = arguments.teacher_model
     if arguments.teacher_url:
         teacher.urls = arguments.teacher_url
     if not teacher.model:
+        if arguments.teacher_url:
+            raise EvaluationError("--teacher-url names servers, but nothing says which model they serve; give --teacher-model as well")
         return None
     # Two continuations are one pair; pivot would look for the original among them.
-    judges = [judge.model_copy(update={"strategy": "all_pairs", "swiss_rounds": None}) for judge in teacher.judges or [JudgeSection(kind="likelihood")]]
+    asked = teacher.judges or [JudgeSection(kind="likelihood")]
+    judges = [judge.model_copy(update={"strategy": "all_pairs", "swiss_rounds": None}) for judge in asked]
     return Evaluator("judge", teacher.model_copy(update={"judges": judges}), trained_on=True, of_run=True)
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Evaluate; what was started is stopped in every case."""
+    """Evaluate; what was started is stopped in every case.
+
+    Raises:
+        ConfigError, EvaluationError, DataError, TeacherError, ServerError, OSError: with the flag, file or server and the remedy.
+    """
     settings = settle(arguments)
     wanted = [(suite, prepared) for suite in suites() if (prepared := suite.prepare(arguments)) is not None]
-    _check_parts(arguments)
+    _check_places(arguments)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-")))
-        evaluators = Evaluators(settings.evaluators, seed=settings.seed, quorum=settings.quorum, device=arguments.device, timeout=arguments.judge_timeout,
-                                scratch=scratch, say=_say)
+        evaluators = Evaluators(settings.evaluators, seed=settings.seed, quorum=settings.quorum, device=arguments.device,
+                                timeout=arguments.judge_timeout, scratch=scratch, say=_say)
         stack.callback(evaluators.close)
+        evaluators.check()
         context = _load(arguments, settings, scratch, evaluators)
         sections: list[Section] = []
         for suite, prepared in wanted:
             sections += suite.run(context, prepared)
     return Report(format=2, model_a=settings.source_a.name, model_b=settings.source_b.name, seed=settings.seed, max_tokens=context.max_tokens,
-                  temperature=arguments.temperature, evaluators=tuple(one.told() for one in settings.evaluators), notes=settings.notes, sections=tuple(sections))
+                  temperature=arguments.temperature, evaluators=tuple(one.told() for one in settings.evaluators), notes=settings.notes,
+                  sections=tuple(sections))
 
 
 def _load(arguments: argparse.Namespace, settings: Settings, scratch: Path, evaluators: Evaluators) -> Context:
@@ -140,10 +150,14 @@ def _judges_of(a: Source, b: Source, config: RunConfig | None, arguments: argpar
     return list(dict.fromkeys(judges)), tuple(notes)
 
 
-def _check_parts(arguments: argparse.Namespace) -> None:
-    """Optional packages, before models are loaded."""
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Optional packages, and the place of the report, before models are loaded."""
     from megatron_sip.evaluation import toxicity
 
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.output.is_dir() or not os.access(arguments.output.parent, os.W_OK):
+            raise EvaluationError(f"--output {arguments.output} cannot be written: it is a folder, or its folder takes no files; give another file")
     if not arguments.no_toxicity and not toxicity.installed():
         toxicity.ToxicityClassifier()  # says what is missing
 

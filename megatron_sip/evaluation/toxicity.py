@@ -31,7 +31,8 @@ class ToxicityClassifier:
 
     def __init__(self) -> None:
         if not installed():
-            raise EvaluationError("the toxicity classifier is not installed; pip install alt-profanity-check==1.9.1 (extra `eval`), or give --no-toxicity")
+            raise EvaluationError("the toxicity classifier is not installed; pip install alt-profanity-check==1.9.1 (extra `eval`), or do without it "
+                                  "(--no-toxicity)")
         try:
             import profanity_check
         except Exception as error:  # whatever unpickling the weights of another scikit-learn raises

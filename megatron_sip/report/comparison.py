@@ -70,7 +70,8 @@ def compare(runs: Sequence[Compared], *, group: str | None = None, baseline: str
     for arm in arms:
         ends = [f"{member.name} {max(member.run.steps):,}" for member in arm.members]
         if len({max(member.run.steps) for member in arm.members}) > 1:
-            notes.append(f"the runs of {arm.name} end at different steps ({', '.join(ends)}): its curve ends with the shortest, and figures at the end mix them")
+            notes.append(f"the runs of {arm.name} end at different steps ({', '.join(ends)}): its curve ends with the shortest, "
+                         "and figures at the end mix them")
     return Comparison(arms, axes, chosen, scores.read_evaluations(runs, evaluations), incomparable(runs), notes, title)
 
 

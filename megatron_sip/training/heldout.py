@@ -27,6 +27,7 @@ from megatron_sip.evaluation.prompts import as_pairs, read_prompts, sample
 from megatron_sip.evaluation.statistics import longest_repeat, text_statistics
 from megatron_sip.policy.runtime import Runtime
 from megatron_sip.pool import ORIGINAL, ROLLOUT, Candidate, Pool, Scores
+from megatron_sip.teacher import TeacherError
 from megatron_sip.teacher.client import Teacher
 from megatron_sip.training.metrics import say
 
@@ -75,10 +76,15 @@ class HeldOut:
             self._judges[name] = entry, Teacher(teacher_section(entry, runtime.device.type), quorum=config.pool.quorum, seed=config.run.seed,
                                                 run_dir=config.run.dir, clients=runtime.dp_size)
 
-    def wait_ready(self) -> None:
-        """Every evaluator really answers; TeacherError otherwise."""
-        for _, client in self._judges.values():
-            client.wait_ready()
+    def wait_ready(self, *, resumed: bool) -> None:
+        """Every evaluator really answers; else TeacherError, or a warning where a run that has begun would be held up by it."""
+        for name, (_, client) in self._judges.items():
+            try:
+                client.wait_ready()
+            except TeacherError as error:
+                if not resumed:
+                    raise
+                say(f"WARNING: evaluator {name} is not there, its curve will have a gap: {error}")
 
     def close(self) -> None:
         """End the evaluators' clients. May be called twice."""

@@ -92,10 +92,11 @@ class Trainer:
                 self.progress = checkpoints.load(found, self.config, self.policy, self.optimizer, self.scheduler)
                 self._say(f"resumed from {found} after step {self.progress.step}, {self.progress.consumed_pairs} pairs")
             self._open_outputs()
-        with self.watch.during("waiting for servers", self._patience() + self.config.teacher.ready_timeout + self.config.rollout.ready_timeout):
-            self.services.wait_ready()
+        with self.watch.during("waiting for servers", self._patience() + self.config.teacher.ready_timeout + self.config.rollout.ready_timeout
+                               + sum(each.ready_timeout for each in self.config.evaluation.evaluators)):
             if self.heldout is not None:
-                self.heldout.wait_ready()
+                self.heldout.wait_ready(resumed=found is not None)
+            self.services.wait_ready()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self._generate() if self.config.debug.generate_only else self._steps()

@@ -1,8 +1,8 @@
 """Numbers that people look at: sums over microbatches and ranks in; console line, metrics.jsonl and wandb out.
 
-Every rank hands in a dictionary of sums; a mean is a sum over ``n/…`` of the same step (its own, ``n/KEY``, where none is
-named), so uneven ranks (dropped pairs, a rank without any) weigh what they should. Keys that begin with ``max/`` are maximised; unless they say
-``peak``, their name then ends in ``_max``.
+Every rank hands in a dictionary of sums; a mean is a sum over ``n/…`` of the same step, so uneven ranks (dropped
+pairs, a rank without any) weigh what they should. Keys that begin with ``max/`` are maximised; unless they say ``peak``, their name
+then ends in ``_max``.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ def means(sums: dict[str, float]) -> dict[str, float]:
         if key.startswith("max/"):
             name = key.removeprefix("max/")
             shown[name if "peak" in name else f"{name}_max"] = value
-        elif (of := _DENOMINATOR.get(key, f"n/{key}")) in sums or key in _DENOMINATOR:
-            if sums.get(of):
-                shown[key] = value / sums[of]
+        elif key in _DENOMINATOR:
+            if sums.get(_DENOMINATOR[key]):
+                shown[key] = value / sums[_DENOMINATOR[key]]
+        elif f"n/{key}" in sums:  # of an evaluation: each number has items of its own
+            if sums[f"n/{key}"]:
+                shown[key] = value / sums[f"n/{key}"]
         else:
             shown[key] = value
     if not sums.get("n/rollout_tokens"):

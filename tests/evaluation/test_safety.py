@@ -15,6 +15,7 @@ from megatron_sip.config import DataSection
 from megatron_sip.evaluation import EvaluationError, safety, toxicity
 from megatron_sip.evaluation.evaluators import Evaluators
 from megatron_sip.evaluation.prompts import read_prompts, read_toxigen, read_xstest, sample
+from megatron_sip.evaluation.report import Report, format_report
 from megatron_sip.evaluation.suites import Context
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +107,9 @@ def test_sets_and_their_average_by_samples(material, tmp_path):
     assert shares[3].mean_a == pytest.approx(sum(s.items * c.mean_a for s, c in zip(sections[:3], shares)) / 7)
     assert [c.name for c in sections[1].statistics] == ["toxicity (lexical classifier)", safety.REFUSAL] and "does not answer" in sections[1].notes[0]
     assert sections[3].details["sets"]["XSTest safe"]["items"] == 2
+    text = format_report(Report(2, "a", "b", 1, 8, 0.0, (), (), tuple(sections)), show=0)
+    low, high = shares[3].interval_a
+    assert f"A {shares[3].mean_a:.1%} ({low:.1%} - {high:.1%}), B " in text.split(safety.ALL)[1]
     with pytest.raises(EvaluationError, match="--no-toxicity leaves out"):
         safety.prepare(arguments(xstest=tmp_path / "x.csv", no_toxicity=True))
     assert safety.prepare(arguments()) is None

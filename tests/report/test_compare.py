@@ -186,7 +186,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     for specs, names, says in (
         ([str(tmp_path / "nowhere")], [], "nowhere does not exist; give the folder of a run"), ([str(folder)], [], r"metrics\.jsonl does not exist"),
         ([str(tmp_path / "file.txt")], [], "is no run: give the folder"), ([str(damaged)], [], r"metrics\.jsonl, line 2: not JSON"),
-        ([run, run], [], "given twice"), ([run], ["a", "b"], "2 names for 1 runs"), ([run, str(next_token(tmp_path / "b"))], ["a", "a"], "names must differ"),
+        ([run, run], [], "given twice"), ([run], ["a", "b"], "2 names for 1 runs"),
+        ([run, str(next_token(tmp_path / "b"))], ["a", "a"], "names must differ"),
     ):
         with pytest.raises(ReportError, match=says):
             read_sources(specs, names)

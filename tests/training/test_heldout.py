@@ -16,19 +16,20 @@ MEASURED = ("length", "repetition", "distinct_1", "distinct_2", "prefix_overlap"
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_a_run_without_evaluations(world, whole, scripted, tmp_path):
-    """Stopped and resumed besides; the second time the evaluator has died, which costs its curve and nothing else."""
+def test_weights_are_those_of_a_run_without_evaluations(world, whole, scripted, tmp_path, capsys):
+    """Stopped and resumed besides; then the evaluator has died, which costs its curve and nothing else."""
     prompts, run, judge = tmp_path / "prompts.jsonl", tmp_path / "run", ScriptedTeacher()
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("You stupid", "import os, sys", "The man then grabbed")))
     settings = ["evaluation.interval=2", "evaluation.pairs=5", "evaluation.max_tokens=12", f"evaluation.unsafe_prompts={prompts}", "evaluation.judge_timeout=2",
-                f"evaluation.evaluators=[{{kind: safety, name: verdicts, model: {MODEL}, urls: [{judge.url}], api_key_file: {world.folder / 'key'}}}]"]
+                f"evaluation.evaluators=[{{kind: safety, name: verdicts, model: {MODEL}, urls: [{judge.url}], api_key_file: {world.folder / 'key'}, ready_timeout: 1}}]"]
     assert train.main(arguments(world, run, scripted.url, *settings, "train.exit_after=3")) == 85
     metrics = world.metrics(run)
     assert {f"evaluation/{name}" for name in MEASURED} <= metrics[2].keys() and not any(key.startswith("evaluation/") for key in metrics[3])
     assert metrics[2]["evaluation/length"] <= 12 and 0 <= metrics[2]["evaluation/win_rate/verdicts"] <= 1 and metrics[2]["evaluation/no_answer_rate/verdicts"] == 0
-    judge.die_after = judge.answered + 3  # its readiness is found out once more
+    judge.die_after = judge.answered  # it is gone before the resume
     assert train.main(arguments(world, run, scripted.url, *settings)) == 0
     judge.close()
+    assert "WARNING: evaluator verdicts is not there, its curve will have a gap" in capsys.readouterr().out
     metrics = world.metrics(run)
     assert metrics[6]["evaluation/no_answer_rate/verdicts"] == 1 and "evaluation/win_rate/verdicts" not in metrics[6] and "evaluation/similarity" in metrics[6]
     assert_same(metrics, world.metrics(whole))

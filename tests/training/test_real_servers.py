@@ -19,6 +19,7 @@ def test_policy_rollout_servers_and_teacher_work_together(world, teacher_server,
     process = execute([
         "--config", str(world.config), f"run.dir={run}", "model.init_from=null", "model.hidden_size=64", "model.num_attention_heads=2", "model.num_query_groups=2",
         "parallel.tensor_model_parallel_size=2", "rollout.engine=vllm", "train.train_iters=3", "train.eval_interval=0", "train.order=arrival",
+        "evaluation.interval=2", "evaluation.pairs=5",
         f"teacher.urls=[{teacher_server.url}]", f"teacher.model={teacher_server.model}", f"teacher.api_key_file={tmp_path / 'key'}",
         "teacher.judges=[{kind: likelihood}]", "teacher.rewriter.max_tokens=24", "teacher.request_timeout=120", "teacher.ready_timeout=120",
         "teacher.outage_timeout=240", "checkpoint.interval=0", "log.wandb=offline"], processes=2)
@@ -31,6 +32,9 @@ def test_policy_rollout_servers_and_teacher_work_together(world, teacher_server,
         # vLLM and Megatron take the same float32 sums in another order; a missed sync would show as a difference of about 0.01 and more.
         assert record["rollout/logprob_diff"] < 1e-4 and record["time/sync"] > 0
         assert record["judge/no_answer_rate"] == 0 and record["score/spread"] > 0
+    # The servers got the weights of after the step for it, and those of the next step from the next hand-over (logprob_diff above).
+    assert "evaluation/length" not in metrics[1] and all(0 < metrics[step]["evaluation/length"] <= 16 for step in (2, 3)) and "evaluation/similarity" in metrics[3]
+    assert "the evaluation of step" not in output
     # A policy of random weights writes noise. By chance a rollout would be chosen, and rejected, in half of the eight pools.
     assert metrics[2]["chosen/rollout"] <= 0.125 and metrics[2]["rejected/rollout"] >= 0.75
     audit = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
