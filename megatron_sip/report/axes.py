@@ -67,6 +67,8 @@ def axes_of(compared: Compared, sizes: Sizes) -> Axes:
     steps, config, missing = compared.run.steps, compared.config, {}
     at: dict[str, dict[int, float]] = {"step": {step: float(step) for step in steps}}
     at["wall"] = _sums(steps, {step: metrics.get("time/step") for step, metrics in steps.items()})
+    if not at["wall"]:
+        missing["wall"] = "some steps have no time/step"
     length = config.seq_length if config is not None and config.grpo is None else None
     if length is not None:
         at["tokens"] = {step: metrics["consumed_pairs"] * length for step, metrics in steps.items() if "consumed_pairs" in metrics}

@@ -65,10 +65,13 @@ def compare(runs: Sequence[Compared], *, group: str | None = None, baseline: str
         for axis, why in one.missing.items():
             missing.setdefault((axis, why), []).append(name)
     notes = [f"{AXES[axis]}: not known of {', '.join(names)}: {why}" for (axis, why), names in missing.items()]
+    notes += [f"{run.name}: {gaps:,} of the first {max(run.run.steps):,} steps are not in its history, so its totals of time and FLOPs lack them"
+              for run in runs if (gaps := max(run.run.steps) - len(run.run.steps)) > 0]
     for arm in arms:
         ends = [f"{member.name} {max(member.run.steps):,}" for member in arm.members]
         if len({max(member.run.steps) for member in arm.members}) > 1:
-            notes.append(f"the runs of {arm.name} end at different steps ({', '.join(ends)}): its curve ends with the shortest, and figures at the end mix them")
+            notes.append(f"the runs of {arm.name} end at different steps ({', '.join(ends)}): its curve ends with the shortest, "
+                         "and figures at the end mix them")
     return Comparison(arms, axes, chosen, scores.read_evaluations(runs, evaluations), incomparable(runs), notes, title)
 
 

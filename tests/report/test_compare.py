@@ -186,7 +186,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     for specs, names, says in (
         ([str(tmp_path / "nowhere")], [], "nowhere does not exist; give the folder of a run"), ([str(folder)], [], r"metrics\.jsonl does not exist"),
         ([str(tmp_path / "file.txt")], [], "is no run: give the folder"), ([str(damaged)], [], r"metrics\.jsonl, line 2: not JSON"),
-        ([run, run], [], "given twice"), ([run], ["a", "b"], "2 names for 1 runs"), ([run, str(next_token(tmp_path / "b"))], ["a", "a"], "names must differ"),
+        ([run, run], [], "given twice"), ([run], ["a", "b"], "2 names for 1 runs"),
+        ([run, str(next_token(tmp_path / "b"))], ["a", "a"], "names must differ"),
     ):
         with pytest.raises(ReportError, match=says):
             read_sources(specs, names)
@@ -199,6 +200,9 @@ def test_a_folder_without_settings_still_has_curves_against_steps_and_time(tmp_p
     (run / "run.yaml").unlink()
     comparison = compare(read_sources([str(run)]))
     assert set(comparison.axes["a"].at) == {"step", "wall"} and comparison.baseline is None
+    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 1.0, "time/step": 1.0}\n')
+    notes = compare(read_sources([str(run)])).notes
+    assert "a: 2 of the first 4 steps are not in its history" in notes[-1] and any("some steps have no time/step" in note for note in notes)
     assert any("there is no run.yaml" in warning for warning in comparison.warnings)
     with pytest.raises(ReportError, match="--x tokens: no run has it"):
         write_comparison(comparison, tmp_path / "out", "tokens")
