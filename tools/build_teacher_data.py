@@ -210,7 +210,10 @@ def asked(options: argparse.Namespace, recipe: Recipe) -> TeacherSection:
         judges=[JudgeSection(kind="safety", samples=options.label_samples)] if recipe.safety == "judge" else [],
         concurrency=options.concurrency,
         request_timeout=600.0,
-        rewriter=RewriterSection(template=options.template or built_in, temperature=1.0, cache_dir=options.output / "cache"),
+        # Whoever writes on and on would be found out by length, and is cut off: three tokens a word are enough for most languages.
+        rewriter=RewriterSection(
+            template=options.template or built_in, temperature=1.0, max_tokens=max(32, 3 * recipe.words), cache_dir=options.output / "cache"
+        ),
     )
 
 
