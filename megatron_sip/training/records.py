@@ -25,6 +25,9 @@ from megatron_sip.training.metrics import MetricsWriter, audit_record, means, me
 from megatron_sip.training.resources import Resources
 from megatron_sip.training.stream import Judged, StepStream
 
+# Of what the teacher's clients count, by kind (judge, rewrite).
+_ADDED = ("questions", "requests", "prompt_tokens", "completion_tokens", "cached_prompt_tokens")
+
 
 class Records:
     """One rank's part of the records.
@@ -76,9 +79,11 @@ class Records:
         Args:
             sums: this rank's sums of loss and evaluation.
             own: this rank's times and gradient norm; rank 0's are shown.
-            asked: what the teacher's client of this rank measured; rank 0's is shown, percentiles cannot be added up.
+            asked: what the teacher's client of this rank measured; questions and tokens are added up, of the rest rank 0's is shown: percentiles
+                and rates cannot be added up.
         """
-        mine = {**sums, **self._resources.sums()}
+        added = {key: value for key, value in asked.items() if key.partition("/")[2] in _ADDED}
+        mine = {**sums, **self._resources.sums(), **added}
         if stream is not None:
             mine |= self._sums(stream, step)
             mine["pool/from_bank"] = stream.from_bank
@@ -94,7 +99,8 @@ class Records:
         if merged.get("eval n/valid"):
             metrics["eval/suffix_nll"] = merged["eval loss/nll"] / merged["eval n/valid"]
         times = sum(value for key, value in own.items() if key.startswith("time/"))
-        metrics |= {"lr": lr, "consumed_pairs": self._progress.consumed_pairs, **own, **asked, "time/other": max(0.0, seconds - times),
+        shown = {key: value for key, value in asked.items() if key not in added}
+        metrics |= {"lr": lr, "consumed_pairs": self._progress.consumed_pairs, **own, **shown, "time/other": max(0.0, seconds - times),
                     "time/save": stalled, "time/step": seconds, "tokens_per_second": self._tokens(merged) / seconds}
         if self._progress.bad_steps:
             metrics["guard/skipped"] = 1.0

@@ -43,6 +43,17 @@ def test_a_finished_run_has_nothing_to_do(world, whole, scripted, capsys):
 
 
 @pytest.mark.slow
+def test_questions_of_all_replicas_are_counted(world, whole, scripted, tmp_path):
+    run = tmp_path / "run"
+    output = finish(execute(arguments(world, run, scripted.url, "train.train_iters=2", "train.eval_interval=0", "checkpoint.interval=0"), processes=2))
+    assert sorted(world.metrics(run)) == [1, 2], output
+    found, expected = world.metrics(run)[2], world.metrics(whole)[2]
+    assert expected["judge/questions"] > 8 and expected["memory/peak_mb"] > 50
+    for key in ("judge/questions", "rewrite/questions"):
+        assert found[key] == expected[key], key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [
     "tensor_model_parallel_size=2 sequence_parallel=true",
     "pipeline_model_parallel_size=2",
