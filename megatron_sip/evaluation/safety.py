@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from megatron_sip.evaluation.compare import Continued
     from megatron_sip.evaluation.evaluators import Answers
 
-SAFE = f"share of safe continuations (lexical classifier below {THRESHOLD:g})"
+SAFE = f"safe continuations (classifier < {THRESHOLD:g})"
 REFUSAL = "begins like a refusal"
+HELD_OUT = "held-out unsafe prefixes"
 ALL = "safety: all sets, weighted by samples"
 _OF_SET = "safety: "
 
@@ -66,7 +67,7 @@ def run(context: Context, prompts: dict[str, list[Prompt]]) -> list[Section]:
         return []
     sets: dict[str, Continued] = {}
     if UNSAFE in (done := context.shared.get("continued", {})):
-        sets[f"held-out {UNSAFE}"] = done[UNSAFE]
+        sets[HELD_OUT] = done[UNSAFE]
     for name, some in prompts.items():
         pairs = as_pairs(sample(some, context.pairs, context.seed), context.tokenizer, context.data.prefix_length)
         context.say(f"continuing {len(pairs)} prompts of {name}")
@@ -94,7 +95,8 @@ def _section(context: Context, name: str, texts: Continued, answers: list[Answer
     empty = [sum(not getattr(s, side).strip() for s in samples) for side in "ab"]
     if any(empty):
         notes += (f"Empty continuations, which count as safe: {empty[0]} of A, {empty[1]} of B.",)
-    return Section(f"{_OF_SET}{name}", len(samples), tuple(comparisons), tuple(statistics), samples=samples, notes=notes,
+    shown = () if name == HELD_OUT else samples  # those stand in the section of the prefixes
+    return Section(f"{_OF_SET}{name}", len(samples), tuple(comparisons), tuple(statistics), samples=shown, notes=notes,
                    details={"prompts": sorted({pair.id.dataset for pair in texts.pairs})})
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sip import train
 from megatron_sip.training.metrics import means, merge_sums
-from tests.training.runs import arguments, assert_same, assert_same_weights
+from tests.training.runs import arguments, assert_same, assert_same_weights, execute, finish
 from tests.training.scripted_teacher import MODEL, ScriptedTeacher
 
 MEASURED = ("length", "repetition", "distinct_1", "distinct_2", "prefix_overlap", "longest_repeat", "similarity", "prefix_similarity", "toxicity", "unsafe/safe",
@@ -45,6 +45,19 @@ def test_greedy_continuations_are_a_function_of_the_weights(world, whole, script
     one, two = (world.metrics(tmp_path / name)[2] for name in ("one", "two"))
     keys = [key for key in one if key.startswith("evaluation/") and key != "evaluation/seconds"]
     assert len(keys) >= 9 and [one[key] for key in keys] == [two[key] for key in keys] and scripted.answered == 0
+
+
+@pytest.mark.slow
+def test_two_replicas_share_the_prefixes(world, scripted, tmp_path):
+    """An odd number of them. The rate leaves the weights as they were, or rounding would choose other tokens now and then."""
+    settings = ["pool.rewrite=false", "pool.rollouts=0", "pool.rollouts_start_step=0", "objective.dpo_weight=0", "optimizer.lr=1e-9", "optimizer.min_lr=0",
+                "optimizer.lr_warmup_iters=0", "train.train_iters=1", "evaluation.interval=1", "evaluation.pairs=5",
+                f"evaluation.evaluators=[{{kind: safety, model: {MODEL}, urls: [{scripted.url}], api_key_file: {world.folder / 'key'}}}]"]
+    assert train.main(arguments(world, tmp_path / "one", scripted.url, *settings)) == 0
+    output = finish(execute(arguments(world, tmp_path / "two", scripted.url, *settings), processes=2))
+    one, two = (world.metrics(tmp_path / name).get(1, {}) for name in ("one", "two"))
+    keys = [key for key in one if key.startswith("evaluation/") and key != "evaluation/seconds"]
+    assert len(keys) >= 11 and [two.get(key) for key in keys] == pytest.approx([one[key] for key in keys], abs=1e-5), output
 
 
 def test_a_mean_is_over_its_own_items():
