@@ -2,8 +2,8 @@
 
 In: texts, topics, sources, a client of the evaluator. Out: :class:`Checked` a text. Plain Python.
 
-A text is cut into sentences; the evaluator breaks each down into facts and then says of each fact whether the source supports it. An answer that did not
-come or cannot be read is ``None`` and counted: no fact, and no verdict about one.
+A text is cut into sentences; the evaluator breaks each down into facts and then says of each fact whether the source supports it. An answer that
+did not come or cannot be read is ``None`` and counted: no fact, and no verdict about one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 PASSAGES = 5  # of a source are shown with a fact, as FActScore does
 PASSAGE_WORDS = 180  # about FActScore's 256 tokens
 _FACT_TOKENS = 512
-_SCHEMA = {"type": "object", "properties": {"facts": {"type": "array", "items": {"type": "string"}}}, "required": ["facts"], "additionalProperties": False}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"facts": {"type": "array", "items": {"type": "string"}}},
+    "required": ["facts"],
+    "additionalProperties": False,
+}
 _LINE = re.compile(r"(?:[-*•]|\d+[.)])\s+(.+)")
 
 
@@ -92,8 +97,9 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def check_texts(client: Teacher, section: JudgeSection, topics: Sequence[str], texts: Sequence[Sequence[str]], sources: Sequence[Sequence[str]],
-                timeout: float) -> list[Checked]:
+def check_texts(
+    client: Teacher, section: JudgeSection, topics: Sequence[str], texts: Sequence[Sequence[str]], sources: Sequence[Sequence[str]], timeout: float
+) -> list[Checked]:
     """Facts and verdicts of each text.
 
     Args:
@@ -118,8 +124,10 @@ def check_texts(client: Teacher, section: JudgeSection, topics: Sequence[str], t
     questions = []
     for topic, some, pieces in zip(topics, facts, sources, strict=True):
         fence = make_fence([topic, *pieces, *some])  # one for all facts: what their prompts share is computed once
-        questions += [Question(fill(template, fence, topic=topic, knowledge="\n".join(best_passages(fact, pieces)), candidate=fact), CHOICES["support"])
-                      for fact in some]
+        questions += [
+            Question(fill(template, fence, topic=topic, knowledge="\n".join(best_passages(fact, pieces)), candidate=fact), CHOICES["support"])
+            for fact in some
+        ]
     answers = iter(_result(client.verdicts(questions, section), deadline))
     checked = []
     for some, sentences_of, lost in zip(facts, texts, missing, strict=True):
@@ -156,8 +164,11 @@ def _split_request(prompt: str, replica: Replica) -> dict[str, Any]:
         more = {}
     else:
         prompt += '\n\nAnswer with a JSON object with the key "facts", a list of strings, which may be empty.'
-        more = ({"structured_outputs": {"json": _SCHEMA}} if replica.dialect == "choice" else
-                {"response_format": {"type": "json_schema", "json_schema": {"name": "facts", "strict": True, "schema": _SCHEMA}}})
+        more = (
+            {"structured_outputs": {"json": _SCHEMA}}
+            if replica.dialect == "choice"
+            else {"response_format": {"type": "json_schema", "json_schema": {"name": "facts", "strict": True, "schema": _SCHEMA}}}
+        )
     return {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0, "max_tokens": _FACT_TOKENS, **more}
 
 

@@ -2,13 +2,13 @@
 
 In: JSON lines of topics with their source text, an evaluator. Out: a section.
 
-Each model writes a biography of each topic. The evaluator breaks it down into facts and checks each against the topic's source
-(``fact_checks``). Of n >= 1 facts, s of them supported, a biography scores s / n, times exp(1 - gamma / n) where n <= gamma (gamma 10; 0: no penalty).
-The score of a model is the mean over the topics to which it responded, that is, stated a fact at all.
+Each model writes a biography of each topic. The evaluator breaks it down into facts and checks each against the topic's source (``fact_checks``).
+Of n >= 1 facts, s of them supported, a biography scores s / n, times exp(1 - gamma / n) where n <= gamma (gamma 10; 0: no penalty). The score of a
+model is the mean over the topics to which it responded, that is, stated a fact at all.
 
-As published: one sentence at a time, five passages of the source beside each fact, score, penalty, response rate. Other than published: the prompts are this
-project's and have no examples; passages are found by shared words instead of a dense retriever; a text that was cut off loses its unfinished last sentence; a
-biography whose questions were not answered well enough has no score, and is counted.
+As published: one sentence at a time, five passages of the source beside each fact, score, penalty, response rate. Other than published: the prompts
+are this project's and have no examples; passages are found by shared words instead of a dense retriever; a fact that is stated twice counts once; a
+text that was cut off loses its unfinished last sentence; a biography whose questions were not answered well enough has no score, and is counted.
 """
 
 from __future__ import annotations
@@ -60,10 +60,20 @@ class Task:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("FActScore", "facts in biographies, checked by an --evaluator of kind factuality")
     group.add_argument("--factscore", type=Path, metavar="FILE", help=f"topics and their sources as JSON lines: {_REMEDY}")
-    group.add_argument("--factscore-prompt", default="Question: Tell me a bio of {topic}.\nAnswer:", metavar="TEXT",
-                        help=r"what a model continues, with {topic} and \n for a line break (default: %(default)r)")
+    group.add_argument(
+        "--factscore-prompt",
+        default="Question: Tell me a bio of {topic}.\nAnswer:",
+        metavar="TEXT",
+        help=r"what a model continues, with {topic} and \n for a line break (default: %(default)r)",
+    )
     group.add_argument("--factscore-max-tokens", type=int, default=256, metavar="N", help="longest biography (default: %(default)s)")
-    group.add_argument("--factscore-gamma", type=float, default=10.0, metavar="G", help="number of facts below which a score is reduced; 0: never (default: %(default)g)")
+    group.add_argument(
+        "--factscore-gamma",
+        type=float,
+        default=10.0,
+        metavar="G",
+        help="number of facts below which a score is reduced; 0: never (default: %(default)g)",
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> Task | None:
@@ -115,8 +125,11 @@ def run(context: Context, task: Task) -> list[Section]:
     checked = []
     for name, written in zip("AB", texts):
         context.say(f"FActScore: {evaluator.name} checks the facts of {name}")
-        checked.append(check_texts(client, section, [t.name for t in task.topics], [sentences(text) for text in written],
-                                   [t.passages for t in task.topics], task.timeout))
+        checked.append(
+            check_texts(
+                client, section, [t.name for t in task.topics], [sentences(text) for text in written], [t.passages for t in task.topics], task.timeout
+            )
+        )
     return [section_of(task, texts, checked, quorum=context.evaluators.quorum, seed=context.seed, trained_on=evaluator.trained_on)]
 
 
@@ -144,7 +157,7 @@ def write(model: TrainedModel, tokenizer: Tokenizer, task: Task, context: int, s
 
 def _without_unfinished(text: str) -> str:
     parts = sentences(text)
-    unfinished = len(parts) > 1 and parts[-1][-1] not in '.!?"\'”’)'
+    unfinished = len(parts) > 1 and parts[-1][-1] not in ".!?\"'”’)"
     return " ".join(parts[:-1]) if unfinished else text
 
 
@@ -183,7 +196,9 @@ def score_of(checked: Checked, gamma: float, quorum: float) -> Score:
     return Score(1.0, bare, penalty * bare, float(count))
 
 
-def section_of(task: Task, texts: Sequence[Sequence[str]], checked: Sequence[Sequence[Checked]], *, quorum: float, seed: int, trained_on: bool) -> Section:
+def section_of(
+    task: Task, texts: Sequence[Sequence[str]], checked: Sequence[Sequence[Checked]], *, quorum: float, seed: int, trained_on: bool
+) -> Section:
     """The section. Of ``texts`` and ``checked`` first A's, then B's, a topic each."""
     a, b = ([score_of(one, task.gamma, quorum) for one in side] for side in checked)
 
@@ -195,14 +210,25 @@ def section_of(task: Task, texts: Sequence[Sequence[str]], checked: Sequence[Seq
     notes = (f"Each model over the topics to which it responded: {told}. The comparison above is over the topics to which both did.",)
     unanswered = [sum(one.unanswered for one in side) for side in checked]
     if any(unanswered):
-        notes += (f"Without an answer: {unanswered[0]} of {sum(c.asked for c in checked[0])} questions about A's texts, "
-                  f"{unanswered[1]} of {sum(c.asked for c in checked[1])} about B's.",)
+        notes += (
+            f"Without an answer: {unanswered[0]} of {sum(c.asked for c in checked[0])} questions about A's texts, "
+            f"{unanswered[1]} of {sum(c.asked for c in checked[1])} about B's.",
+        )
     samples = tuple(Sample(topic.name, task.prompt.replace("{topic}", topic.name), "", x, y) for topic, x, y in zip(task.topics, *texts))
-    facts = {topic.name: {side: [[fact, verdict] for fact, verdict in zip(one.facts, one.supported)] for side, one in (("a", x), ("b", y))}
-             for topic, x, y in zip(task.topics, *checked)}
-    return Section("FActScore", len(task.topics), (measure("FActScore", "score"), measure("FActScore without penalty", "bare")),
-                   (measure("response rate", "responded"), measure("facts a response", "facts")), samples=samples, notes=notes,
-                   originals={}, details={"a": totals[0], "b": totals[1], "gamma": task.gamma, "facts": facts})
+    facts = {
+        topic.name: {side: [[fact, verdict] for fact, verdict in zip(one.facts, one.supported)] for side, one in (("a", x), ("b", y))}
+        for topic, x, y in zip(task.topics, *checked)
+    }
+    return Section(
+        "FActScore",
+        len(task.topics),
+        (measure("FActScore", "score"), measure("FActScore without penalty", "bare")),
+        (measure("response rate", "responded"), measure("facts a response", "facts")),
+        samples=samples,
+        notes=notes,
+        originals={},
+        details={"a": totals[0], "b": totals[1], "gamma": task.gamma, "facts": facts},
+    )
 
 
 def published(scores: Sequence[Score]) -> dict[str, float | int | None]:
@@ -216,4 +242,5 @@ def published(scores: Sequence[Score]) -> dict[str, float | int | None]:
 def _told(total: dict[str, float | int | None]) -> str:
     if total["score"] is None:
         return "no response"
-    return f"{total['score']:.3f} ({total['bare']:.3f} without penalty), response rate {total['response_rate']:.2f}, {total['facts']:.1f} facts a response"
+    score = f"{total['score']:.3f} ({total['bare']:.3f} without penalty)"
+    return f"{score}, response rate {total['response_rate']:.2f}, {total['facts']:.1f} facts a response"

@@ -2,13 +2,14 @@
 
 In: ``qa_data.json``, ``dialogue_data.json``, ``summarization_data.json`` of the published data (JSON lines). Out: a section for each.
 
-The published protocol asks an instruct model whether a given answer is hallucinated. A pretrained model does not answer such questions: its accuracy is
-that of guessing, whatever it knows. So it is given knowledge and question, and what counts is which of the two answers it finds more likely:
+The published protocol asks an instruct model whether a given answer is hallucinated. A pretrained model does not answer such questions: its
+accuracy is that of guessing, whatever it knows. So it is given knowledge and question, and what counts is which of the two answers it finds more
+likely:
 
 - by sum:       1 if log p(right) > log p(hallucinated), 0.5 for a tie, else 0. Favours the shorter answer, in QA mostly the right one.
 - by byte:      the same with each log p divided by the answer's length in UTF-8 bytes. Favours neither by length alone.
-- by knowledge: the same with log p(answer | knowledge, question) - log p(answer | question): what the knowledge adds. Not for summaries, whose document
-                is the question.
+- by knowledge: the same with log p(answer | knowledge, question) - log p(answer | question): what the knowledge adds. Not for summaries, whose
+                document is the question.
 
 So a level says little; differences between two models that saw the same answers do.
 """
@@ -46,8 +47,12 @@ class Item:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HaluEval", "right against hallucinated answers by log-probability")
     for task, keys in FIELDS.items():
-        group.add_argument(f"--halueval-{task}", type=Path, metavar="FILE",
-                            help=f"{task}_data.json of HaluEval (JSON lines with {', '.join(key for key in keys if key)})")
+        group.add_argument(
+            f"--halueval-{task}",
+            type=Path,
+            metavar="FILE",
+            help=f"{task}_data.json of HaluEval (JSON lines with {', '.join(key for key in keys if key)})",
+        )
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, list[Item]] | None:
@@ -62,7 +67,10 @@ def run(context: Context, sets: dict[str, list[Item]]) -> list[Section]:
         context.say(f"HaluEval {task}: {len(items)} pairs of answers")
         (a, found), (b, _) = (score(model, context.tokenizer, items, positions) for model in (context.model_a, context.model_b))
         comparisons = tuple(compare(f"right answer preferred {name}", a[name], b[name], seed=context.seed) for name in a)
-        notes = ("Likelihoods decide; the published protocol asks an instruct model instead, so its figures are no yardstick.", *shortened_note(found, positions))
+        notes = (
+            "Likelihoods decide; the published protocol asks an instruct model instead, so its figures are no yardstick.",
+            *shortened_note(found, positions),
+        )
         sections.append(Section(f"HaluEval {task}", len(items), comparisons, notes=notes))
     return sections
 
@@ -76,7 +84,10 @@ def read_items(path: Path, task: str) -> list[Item]:
     knowledge, question, right, hallucinated = FIELDS[task]
     keys = dict.fromkeys([key for key in FIELDS[task] if key], str)
     lines = read_jsonl(path, keys, f"give data/{task}_data.json of the HaluEval repository as it is")
-    return [Item(*_prompts(task, data[knowledge] if knowledge else "", data[question]), data[right].strip(), data[hallucinated].strip()) for _, data in lines]
+    return [
+        Item(*_prompts(task, data[knowledge] if knowledge else "", data[question]), data[right].strip(), data[hallucinated].strip())
+        for _, data in lines
+    ]
 
 
 def _prompts(task: str, knowledge: str, question: str) -> tuple[str, str | None]:
@@ -92,10 +103,15 @@ def score(model: ScoresSuffixes, tokenizer: Encodes, items: Sequence[Item], cont
     answers = [f" {text}" for item in items for text in (item.right, item.hallucinated)]
     given = answer_likelihoods(model, tokenizer, list(zip((item.prompt for item in items for _ in range(2)), answers)), context)
     sizes = [len(answer.encode()) for answer in answers]
-    values = {"by sum": _preferred(given.values, lambda i: given.values[i]), "by byte": _preferred(given.values, lambda i: given.values[i] / sizes[i])}
+    values = {
+        "by sum": _preferred(given.values, lambda i: given.values[i]),
+        "by byte": _preferred(given.values, lambda i: given.values[i] / sizes[i]),
+    }
     if all(item.without is not None for item in items):
         bare = answer_likelihoods(model, tokenizer, list(zip((item.without for item in items for _ in range(2)), answers)), context).values
-        values["by knowledge"] = _preferred([None if bare[i] is None else log for i, log in enumerate(given.values)], lambda i: given.values[i] - bare[i])
+        values["by knowledge"] = _preferred(
+            [None if bare[i] is None else log for i, log in enumerate(given.values)], lambda i: given.values[i] - bare[i]
+        )
     return values, given
 
 

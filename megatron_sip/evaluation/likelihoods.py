@@ -77,8 +77,10 @@ def context_of(*folders: Path) -> int:
         try:
             found.append(int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{folder}/config.json does not say max_position_embeddings ({type(error).__name__}: {error}); "
-                                  "export the model with tools/export_hf.py") from None
+            raise EvaluationError(
+                f"{folder}/config.json does not say max_position_embeddings ({type(error).__name__}: {error}); "
+                "export the model with tools/export_hf.py"
+            ) from None
     return min(found)
 
 

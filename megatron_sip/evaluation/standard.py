@@ -2,9 +2,9 @@
 
 In: names of tasks, folders with task files. Out: a section with every metric of every task, and averages over tasks. Nothing is downloaded.
 
-The harness scores each model by itself; its value of each question is kept, so that A - B has a paired bootstrap interval. The average over tasks weighs
-tasks alike; its standard error is the root of the summed squares of the tasks' errors over their number, and the interval of its difference comes from
-resampling questions inside each task.
+The harness scores each model by itself; its value of each question is kept, so that A - B has a paired bootstrap interval. The average over tasks
+weighs tasks alike; its standard error is the root of the summed squares of the tasks' errors over their number, and the interval of its difference
+comes from resampling questions inside each task.
 """
 
 from __future__ import annotations
@@ -62,10 +62,20 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("standard tasks", "through lm-eval, offline")
-    group.add_argument("--lm-eval-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, e.g. local_standard for those of configs/lm_eval")
-    group.add_argument("--lm-eval-include", nargs="+", type=Path, default=[], metavar="DIR",
-                        help="folders with task files, searched before lm-eval's own; a task file may run code")
-    group.add_argument("--lm-eval-data", type=Path, metavar="DIR", help=f"local copies of the question sets that configs/lm_eval asks about (or ${VARIABLE})")
+    group.add_argument(
+        "--lm-eval-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, e.g. local_standard for those of configs/lm_eval"
+    )
+    group.add_argument(
+        "--lm-eval-include",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="folders with task files, searched before lm-eval's own; a task file may run code",
+    )
+    group.add_argument(
+        "--lm-eval-data", type=Path, metavar="DIR", help=f"local copies of the question sets that configs/lm_eval asks about (or ${VARIABLE})"
+    )
     group.add_argument("--lm-eval-limit", type=int, metavar="N", help="only the first N questions of each task")
     group.add_argument("--lm-eval-batch-size", type=int, default=16, metavar="N", help="(default: %(default)s)")
 
@@ -102,14 +112,19 @@ def load(names: Sequence[str], include: Sequence[Path], limit: int | None, batch
     if manager is None or any(name not in manager.task_index for name in names):
         manager = TaskManager(include_path=folders or None)
     if unknown := [name for name in names if name not in manager.task_index]:
-        raise EvaluationError(f"--lm-eval-tasks: lm-eval knows no {', '.join(unknown)}; give --lm-eval-include the folder of its task file, or a name of `lm_eval ls tasks`")
+        raise EvaluationError(
+            f"--lm-eval-tasks: lm-eval knows no {', '.join(unknown)}; give --lm-eval-include the folder of its task file, "
+            "or a name of `lm_eval ls tasks`"
+        )
     try:
         loaded = manager.load(list(names))
     except EvaluationError:
         raise
     except Exception as error:  # whatever datasets, jinja and the task file's own functions raise
-        raise EvaluationError(f"--lm-eval-tasks {' '.join(names)}: a task or its data cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
-                              "nothing is downloaded here, so its data must lie where its task file says") from None
+        raise EvaluationError(
+            f"--lm-eval-tasks {' '.join(names)}: a task or its data cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+            "nothing is downloaded here, so its data must lie where its task file says"
+        ) from None
     return Task(list(names), manager, loaded, limit, batch_size)
 
 
@@ -134,15 +149,29 @@ def measure(model: TrainedModel, task: Task, seed: int) -> dict[Measure, Result]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{model.folder} has no tokenizer that transformers reads ({_first_line(error)}); export the model with tools/export_hf.py") from None
+        raise EvaluationError(
+            f"{model.folder} has no tokenizer that transformers reads ({_first_line(error)}); export the model with tools/export_hf.py"
+        ) from None
     language_model = HFLM(pretrained=model.hf_model, tokenizer=tokenizer, backend="causal", batch_size=task.batch_size)
     try:
         # Tasks that are loaded already are taken as they are.
-        found = simple_evaluate(model=language_model, tasks=list(task.loaded["tasks"].values()), task_manager=task.manager, limit=task.limit, log_samples=True,
-                                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=0)
+        found = simple_evaluate(
+            model=language_model,
+            tasks=list(task.loaded["tasks"].values()),
+            task_manager=task.manager,
+            limit=task.limit,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            bootstrap_iters=0,
+        )
     except Exception as error:
-        raise EvaluationError(f"lm-eval failed on {', '.join(task.names)} ({type(error).__name__}: {_first_line(error)}); a task file that does not fit its data is "
-                              "the usual reason") from error
+        raise EvaluationError(
+            f"lm-eval failed on {', '.join(task.names)} ({type(error).__name__}: {_first_line(error)}); a task file that does not fit its data is "
+            "the usual reason"
+        ) from error
     return results_of(found)
 
 
@@ -159,8 +188,13 @@ def results_of(found: dict[str, Any]) -> dict[Measure, Result]:
                     continue
                 values = {sample["doc_id"]: float(sample[metric]) for sample in some}
                 name = metric if kept == "none" else f"{metric} ({kept})"
-                results[task, name] = Result(values, {sample["doc_id"]: sample["doc_hash"] for sample in some}, float(mean), standard_error(values),
-                                             better.get(metric) is False)
+                results[task, name] = Result(
+                    values,
+                    {sample["doc_id"]: sample["doc_hash"] for sample in some},
+                    float(mean),
+                    standard_error(values),
+                    better.get(metric) is False,
+                )
     return results
 
 
@@ -181,8 +215,15 @@ def section_of(a: dict[Measure, Result], b: dict[Measure, Result], *, seed: int)
         if one.hashes != other.hashes:
             raise EvaluationError(f"lm-eval task {measure_[0]} asked the models different questions; a task file must not draw at random")
         numbers = sorted(one.values)
-        comparisons.append(compare(" ".join(measure_), [one.values[i] for i in numbers], [other.values[i] for i in numbers], seed=seed,
-                                   lower_is_better=one.lower_is_better))
+        comparisons.append(
+            compare(
+                " ".join(measure_),
+                [one.values[i] for i in numbers],
+                [other.values[i] for i in numbers],
+                seed=seed,
+                lower_is_better=one.lower_is_better,
+            )
+        )
         details[" ".join(measure_)] = {"questions": len(numbers), "a": [one.mean, one.stderr], "b": [other.mean, other.stderr]}
     tasks = list(dict.fromkeys(task for task, _ in a))
     averages = []
@@ -192,12 +233,19 @@ def section_of(a: dict[Measure, Result], b: dict[Measure, Result], *, seed: int)
             if all(parts) and parts not in [seen for seen, _ in averages]:
                 name = f"average of {len(tasks)} tasks, acc" + ("" if len(wanted) == 1 else "_norm where there is one")
                 averages.append((parts, average(name, [a[p] for p in parts], [b[p] for p in parts], seed=seed)))
-                details[name] = {"questions": sum(len(a[p].values) for p in parts), **{side: [_mean(some), average_error(some)] for side, some in
-                                                                                      (("a", [a[p] for p in parts]), ("b", [b[p] for p in parts]))}}
+                details[name] = {
+                    "questions": sum(len(a[p].values) for p in parts),
+                    **{side: [_mean(some), average_error(some)] for side, some in (("a", [a[p] for p in parts]), ("b", [b[p] for p in parts]))},
+                }
     errors = "; ".join(f"{name} A {_with_error(*d['a'])}, B {_with_error(*d['b'])}" for name, d in details.items())
     questions = sum(max(len(r.values) for (t, _), r in a.items() if t == task) for task in tasks)
-    return Section("standard tasks", questions, (*comparisons, *(one for _, one in averages)), notes=(f"Means and standard errors: {errors}.",),
-                   details={"tasks": tasks, "means and standard errors": details})
+    return Section(
+        "standard tasks",
+        questions,
+        (*comparisons, *(one for _, one in averages)),
+        notes=(f"Means and standard errors: {errors}.",),
+        details={"tasks": tasks, "means and standard errors": details},
+    )
 
 
 def average(name: str, a: Sequence[Result], b: Sequence[Result], *, seed: int) -> Comparison:
@@ -210,8 +258,13 @@ def average(name: str, a: Sequence[Result], b: Sequence[Result], *, seed: int) -
         # As drawing questions with replacement, but by how often each value is drawn.
         resampled += generator.multinomial(len(differences), counts / len(differences), size=_RESAMPLES) @ values / len(differences)
     low, high = np.percentile(resampled / len(a), [2.5, 97.5])
-    return replace(compare(name, [one.mean for one in a], [other.mean for other in b], seed=seed), interval=None, interval_a=None, interval_b=None,
-                   difference_interval=(float(low), float(high)))
+    return replace(
+        compare(name, [one.mean for one in a], [other.mean for other in b], seed=seed),
+        interval=None,
+        interval_a=None,
+        interval_b=None,
+        difference_interval=(float(low), float(high)),
+    )
 
 
 def _mean(results: Sequence[Result]) -> float:

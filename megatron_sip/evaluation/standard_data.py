@@ -1,9 +1,11 @@
 """Local copies of the standard question sets -> what the task files in configs/lm_eval ask about.
 
 In: $SIP_LM_EVAL_DATA, a folder with a folder for each set, in which the files of a split are called ``SPLIT*.jsonl`` or ``SPLIT*.parquet`` (so that
-the Parquet files of a Hugging Face snapshot can stay as they are, and lie deeper). Out: split -> dataset, with the columns that :data:`COLUMNS` lists.
+the Parquet files of a Hugging Face snapshot can stay as they are, and lie deeper). Out: split -> dataset, with the columns that :data:`COLUMNS`
+lists.
 
-A task file names a function of this module as ``custom_dataset``; the LM evaluation harness calls it with the task's metadata. Nothing is downloaded.
+A task file names a function of this module as ``custom_dataset``; the LM evaluation harness calls it with the task's metadata. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -58,9 +60,16 @@ def siqa(**_: Any) -> dict[str, Dataset]:
 def hellaswag(**_: Any) -> dict[str, Dataset]:
     """Adds ``query`` and ``choices``: activity, colon, context, without the marks of WikiHow's layout."""
     data = _dataset("hellaswag", _same, lambda row: len(row["endings"]) == 4 and str(row["label"]) in ("0", "1", "2", "3"))
-    return {split: rows.map(lambda row: {"query": _plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
-                                         "choices": [_plain(ending) for ending in row["endings"]], "gold": int(row["label"])})
-            for split, rows in data.items()}
+    return {
+        split: rows.map(
+            lambda row: {
+                "query": _plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
+                "choices": [_plain(ending) for ending in row["endings"]],
+                "gold": int(row["label"]),
+            }
+        )
+        for split, rows in data.items()
+    }
 
 
 def arc_easy(**_: Any) -> dict[str, Dataset]:
@@ -87,7 +96,9 @@ def mmlu(**_: Any) -> dict[str, Dataset]:
 
     def convert(where: str, row: dict) -> dict:
         letter = str(row.get("answer"))
-        return {**row, "answer": "ABCD".index(letter)} if letter in tuple("ABCD") else {**row, "answer": int(letter)} if letter in tuple("0123") else row
+        return (
+            {**row, "answer": "ABCD".index(letter)} if letter in tuple("ABCD") else {**row, "answer": int(letter)} if letter in tuple("0123") else row
+        )
 
     examples: dict[str, list[str]] = defaultdict(list)
     for _, row in _rows("mmlu", "dev", convert, known):
@@ -96,7 +107,9 @@ def mmlu(**_: Any) -> dict[str, Dataset]:
     for where, row in _rows("mmlu", "test", convert, known):
         shots = examples[row["subject"]][:_SHOTS]
         if len(shots) < _SHOTS:
-            raise EvaluationError(f"{where}: the dev split has {len(shots)} examples of {row['subject']!r}, {_SHOTS} are needed; copy the dev split whole")
+            raise EvaluationError(
+                f"{where}: the dev split has {len(shots)} examples of {row['subject']!r}, {_SHOTS} are needed; copy the dev split whole"
+            )
         about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
         rows.append({**row, "shots": "\n\n".join([about, *shots]) + "\n\n"})
     return {"test": Dataset.from_list(rows)}

@@ -5,8 +5,8 @@ In: ``mc_task.json`` of the published data. Out: a section with MC1 and MC2 of b
 - MC1, one true answer among several: 1 if it has the highest log p(answer | question), summed over its tokens, else 0.
 - MC2, several true and false answers: sum of p over the true ones / sum of p over all of them, p = exp(log p(answer | question)).
 
-Neither is divided by the answer's length. A tie with a false answer is 0, as in the authors' code (the LM evaluation harness takes the answer that the
-file lists first, which is the true one). Where p underflows there, the quotient is computed from logarithms here.
+Neither is divided by the answer's length. A tie with a false answer is 0, as in the authors' code (the LM evaluation harness takes the answer that
+the file lists first, which is the true one). Where p underflows there, the quotient is computed from logarithms here.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ class Task:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TruthfulQA", "multiple choice by log-probability")
     group.add_argument("--truthfulqa", type=Path, metavar="FILE", help="mc_task.json: MC1 and MC2")
-    group.add_argument("--truthfulqa-prompt", default="qa", metavar="PROMPT", help="what stands before each question. qa: the usual six questions and answers, "
-                        "out of the installed lm-eval; none: nothing; or a text file (default: %(default)s)")
+    group.add_argument(
+        "--truthfulqa-prompt",
+        default="qa",
+        metavar="PROMPT",
+        help="what stands before each question. qa: the usual six questions and answers, "
+        "out of the installed lm-eval; none: nothing; or a text file (default: %(default)s)",
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> Task | None:
@@ -64,8 +69,15 @@ def run(context: Context, task: Task) -> list[Section]:
     scores = [score(model, context.tokenizer, task.items, task.primer, positions) for model in (context.model_a, context.model_b)]
     (mc1_a, mc2_a, found), (mc1_b, mc2_b, _) = scores
     notes = (f"Text before each question: {task.told}. A higher value is more truthful.", *shortened_note(found, positions))
-    return [Section("TruthfulQA", len(task.items), (compare("MC1", mc1_a, mc1_b, seed=context.seed), compare("MC2", mc2_a, mc2_b, seed=context.seed)),
-                    notes=notes, details={"prompt": task.told, "chance": chance(task.items)})]
+    return [
+        Section(
+            "TruthfulQA",
+            len(task.items),
+            (compare("MC1", mc1_a, mc1_b, seed=context.seed), compare("MC2", mc2_a, mc2_b, seed=context.seed)),
+            notes=notes,
+            details={"prompt": task.told, "chance": chance(task.items)},
+        )
+    ]
 
 
 # -- the data -------------------------------------------------------------------------------------------------------------
@@ -118,8 +130,10 @@ def read_primer(prompt: str) -> str:
 
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise EvaluationError("--truthfulqa-prompt qa is the text that lm-eval's task has, and lm-eval is not installed; pip install 'megatron_sip[standard]', "
-                              "or give --truthfulqa-prompt none or a file with it")
+        raise EvaluationError(
+            "--truthfulqa-prompt qa is the text that lm-eval's task has, and lm-eval is not installed; pip install 'megatron_sip[standard]', "
+            "or give --truthfulqa-prompt none or a file with it"
+        )
     task = Path(spec.submodule_search_locations[0]) / "tasks" / "truthfulqa" / "truthfulqa_mc1.yaml"
     mark = "\0"
     try:
@@ -135,8 +149,9 @@ def read_primer(prompt: str) -> str:
 # -- the scores -----------------------------------------------------------------------------------------------------------
 
 
-def score(model: ScoresSuffixes, tokenizer: Encodes, items: Sequence[Item], primer: str, context: int
-          ) -> tuple[list[float | None], list[float | None], Likelihoods]:
+def score(
+    model: ScoresSuffixes, tokenizer: Encodes, items: Sequence[Item], primer: str, context: int
+) -> tuple[list[float | None], list[float | None], Likelihoods]:
     """MC1 and MC2 of each question (None where an answer does not fit the context), and the likelihoods behind them."""
     asked = [(f"{primer}Q: {item.question.strip()}\nA:", f" {answer.strip()}") for item in items for answer in dict.fromkeys((*item.mc1, *item.mc2))]
     found = answer_likelihoods(model, tokenizer, asked, context)
@@ -167,5 +182,7 @@ def mc2_of(logs: Sequence[float | None], true: Sequence[bool]) -> float | None:
 
 def chance(items: Sequence[Item]) -> dict[str, float]:
     """Expected MC1 and MC2 of a model to which all answers are alike."""
-    return {"MC1": math.fsum(1 / len(item.mc1) for item in items) / len(items),
-            "MC2": math.fsum(sum(item.mc2.values()) / len(item.mc2) for item in items) / len(items)}
+    return {
+        "MC1": math.fsum(1 / len(item.mc1) for item in items) / len(items),
+        "MC2": math.fsum(sum(item.mc2.values()) / len(item.mc2) for item in items) / len(items),
+    }

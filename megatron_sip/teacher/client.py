@@ -93,15 +93,18 @@ class Teacher:
         """An answer to each question, asked as ``section`` says; they have the same choices. See :func:`megatron_sip.teacher.judge.ask_verdicts`."""
         return self._submit(ask_verdicts(self._fleet, self._judged.model, section, questions))
 
-    def chat(self, questions: Sequence[Q], request: Callable[[Q, Replica], dict[str, Any]], read: Callable[[Any, Replica, Q], T]) -> Future[list[T | None]]:
+    def chat(self, questions: Sequence[Q], request: Callable[[Q, Replica], dict[str, Any]],
+             read: Callable[[Any, Replica, Q], T]) -> Future[list[T | None]]:
         """An answer to each question in a form of the caller's own.
 
         Args:
             request: body of a chat completion but for its model; bodies differ in their messages only.
             read: gets the decoded answer; raises Unreadable for nonsense.
         """
-        return self._submit(ask_all(self._fleet, CHATS, questions, lambda question, replica: {"model": self._judged.model, **request(question, replica)}, read,
-                                    size=self._fleet.list_size))
+        def named(question: Q, replica: Replica) -> dict[str, Any]:
+            return {"model": self._judged.model, **request(question, replica)}
+
+        return self._submit(ask_all(self._fleet, CHATS, questions, named, read, size=self._fleet.list_size))
 
     async def _judge(self, pool: Pool) -> Scores:
         found = await asyncio.gather(*(judge.score(pool) for judge in self._judges))

@@ -14,19 +14,34 @@ from megatron_sip.evaluation import EvaluationError, halueval, truthfulqa
 from megatron_sip.evaluation.likelihoods import answer_likelihoods, context_of
 
 QUESTIONS = [
-    {"question": "What happens if you swallow a pip?",
-     "mc1_targets": {"It passes through you": 1, "A tree grows in you": 0, "You turn green": 0},
-     "mc2_targets": {"It passes through you": 1, "Nothing much": 1, "A tree grows in you": 0, "You turn green": 0}},
-    {"question": "Can pigs fly?",
-     "mc1_targets": {"choices": ["Yes, by night", "No"], "labels": [0, 1]},
-     "mc2_targets": {"choices": ["Yes, by night", "No"], "labels": [0, 1]}},
+    {
+        "question": "What happens if you swallow a pip?",
+        "mc1_targets": {"It passes through you": 1, "A tree grows in you": 0, "You turn green": 0},
+        "mc2_targets": {"It passes through you": 1, "Nothing much": 1, "A tree grows in you": 0, "You turn green": 0},
+    },
+    {
+        "question": "Can pigs fly?",
+        "mc1_targets": {"choices": ["Yes, by night", "No"], "labels": [0, 1]},
+        "mc2_targets": {"choices": ["Yes, by night", "No"], "labels": [0, 1]},
+    },
 ]
-QA = {"knowledge": "The Elbe flows through Dresden and Hamburg.", "question": "Which river flows through Dresden?", "right_answer": "Elbe",
-      "hallucinated_answer": "The Danube flows through Dresden."}
-DIALOGUE = {"knowledge": "Emma was written by Jane Austen.", "dialogue_history": "[Human]: I liked Emma. [Assistant]: The novel? [Human]: Yes. Who wrote it?",
-            "right_response": "Jane Austen wrote it.", "hallucinated_response": "Emily Bronte wrote it in 1850."}
-SUMMARY = {"document": "A fire broke out in a barn on Monday. Nobody was hurt.", "right_summary": "A barn burnt; nobody was hurt.",
-           "hallucinated_summary": "A barn burnt and two people were hurt."}
+QA = {
+    "knowledge": "The Elbe flows through Dresden and Hamburg.",
+    "question": "Which river flows through Dresden?",
+    "right_answer": "Elbe",
+    "hallucinated_answer": "The Danube flows through Dresden.",
+}
+DIALOGUE = {
+    "knowledge": "Emma was written by Jane Austen.",
+    "dialogue_history": "[Human]: I liked Emma. [Assistant]: The novel? [Human]: Yes. Who wrote it?",
+    "right_response": "Jane Austen wrote it.",
+    "hallucinated_response": "Emily Bronte wrote it in 1850.",
+}
+SUMMARY = {
+    "document": "A fire broke out in a barn on Monday. Nobody was hurt.",
+    "right_summary": "A barn burnt; nobody was hurt.",
+    "hallucinated_summary": "A barn burnt and two people were hurt.",
+}
 
 
 class Characters:
@@ -55,7 +70,11 @@ def write(path: Path, *lines: object) -> Path:
 
 def test_likelihoods_are_those_of_transformers(material):
     model, tokenizer = material.model("a"), material.tokenizer
-    pairs = [("Question: who?\nAnswer:", " the author"), ("def f(text):", " return textwrap.fill(text)"), ("Question: who?\nAnswer:", " nobody at all")]
+    pairs = [
+        ("Question: who?\nAnswer:", " the author"),
+        ("def f(text):", " return textwrap.fill(text)"),
+        ("Question: who?\nAnswer:", " nobody at all"),
+    ]
     found = answer_likelihoods(model, tokenizer, [*pairs, pairs[0]], context_of(model.folder))
     assert found.values[3] == found.values[0] and found.shortened == 0
     for (prompt, answer), value in zip(pairs, found.values):
@@ -78,8 +97,14 @@ def test_long_prompts_lose_their_beginning_and_long_answers_have_no_value():
 def test_mc1_and_mc2_by_hand(tmp_path):
     (tmp_path / "mc_task.json").write_text(json.dumps(QUESTIONS))
     items = truthfulqa.read_items(tmp_path / "mc_task.json")
-    p = {"It_passes_through_you": math.log(0.2), "Nothing_much": math.log(0.1), "A_tree_grows_in_you": math.log(0.3), "You_turn_green": math.log(0.05),
-         "No": -2000.0, "Yes,_by_night": -2001.0}  # exp(-2000) is 0 as a float
+    p = {
+        "It_passes_through_you": math.log(0.2),
+        "Nothing_much": math.log(0.1),
+        "A_tree_grows_in_you": math.log(0.3),
+        "You_turn_green": math.log(0.05),
+        "No": -2000.0,
+        "Yes,_by_night": -2001.0,
+    }  # exp(-2000) is 0 as a float
     model = Characters(**p)
     mc1, mc2, _ = truthfulqa.score(model, model, items, "Q: Hm?\nA: Hm.\n\n", 1000)
     assert mc1 == [0.0, 1.0]
@@ -93,12 +118,16 @@ def test_a_tie_is_not_the_best_and_a_missing_value_is_no_answer():
     assert truthfulqa.mc1_of([-1.0, None], [True, False]) is None and truthfulqa.mc2_of([None, -1.0], [True, False]) is None
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda q: q.pop("mc2_targets"), r"question 2 has no key 'mc2_targets' \(it has 'question', 'mc1_targets'\); give data/mc_task.json"),
-    (lambda q: q.update(question=3), "question 2: 'question' is int, not str"),
-    (lambda q: q.update(mc1_targets={"Yes": 1, "No": 1}), "question 2: 'mc1_targets' has 2 true of 2 answers"),
-    (lambda q: q.update(mc2_targets={"Yes": 1}), "question 2: 'mc2_targets' needs true and false answers"),
-    (lambda q: q.update(mc1_targets={"Yes": "1", "No": 0}), "question 2: 'mc1_targets': 'Yes' -> '1' is not an answer with 0")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda q: q.pop("mc2_targets"), r"question 2 has no key 'mc2_targets' \(it has 'question', 'mc1_targets'\); give data/mc_task.json"),
+        (lambda q: q.update(question=3), "question 2: 'question' is int, not str"),
+        (lambda q: q.update(mc1_targets={"Yes": 1, "No": 1}), "question 2: 'mc1_targets' has 2 true of 2 answers"),
+        (lambda q: q.update(mc2_targets={"Yes": 1}), "question 2: 'mc2_targets' needs true and false answers"),
+        (lambda q: q.update(mc1_targets={"Yes": "1", "No": 0}), "question 2: 'mc1_targets': 'Yes' -> '1' is not an answer with 0"),
+    ],
+)
 def test_truthfulqa_of_another_form_is_named(tmp_path, change, says):
     questions = json.loads(json.dumps(QUESTIONS))
     change(questions[1])
@@ -130,12 +159,16 @@ def test_which_answer_is_preferred(tmp_path):
     model = Characters(**{"Elbe": -4.0, "The_Danube_flows_through_Dresden.": -10.0})
     values, _ = halueval.score(model, model, items, 1000)
     assert values == {"by sum": [1.0], "by byte": [0.0], "by knowledge": [0.5]}  # 5 and 34 bytes; this model does not look at knowledge
-    assert [prompt for prompt, _ in model.seen] == [f"{QA['knowledge']}\n\nQuestion: {QA['question']}\nAnswer:"] * 2 + [f"Question: {QA['question']}\nAnswer:"] * 2
+    assert [prompt for prompt, _ in model.seen] == [f"{QA['knowledge']}\n\nQuestion: {QA['question']}\nAnswer:"] * 2 + [
+        f"Question: {QA['question']}\nAnswer:"
+    ] * 2
 
 
 def test_prompts_of_dialogues_and_summaries(tmp_path):
     dialogue = halueval.read_items(write(tmp_path / "d.json", DIALOGUE), "dialogue")[0]
-    assert dialogue.prompt.endswith("\n[Assistant]: The novel?\n[Human]: Yes. Who wrote it?\n[Assistant]:") and dialogue.prompt.startswith(DIALOGUE["knowledge"])
+    assert dialogue.prompt.endswith("\n[Assistant]: The novel?\n[Human]: Yes. Who wrote it?\n[Assistant]:") and dialogue.prompt.startswith(
+        DIALOGUE["knowledge"]
+    )
     summary = halueval.read_items(write(tmp_path / "s.json", SUMMARY), "summarization")
     model = Characters()
     assert set(halueval.score(model, model, summary, 1000)[0]) == {"by sum", "by byte"}
@@ -164,7 +197,10 @@ def test_two_real_models_side_by_side(material, tmp_path, make_context):
     assert section.comparisons[1].a == tuple(truthfulqa.score(context.model_a, context.tokenizer, task.items, "", 128)[1])
     assert section.comparisons[1].a != section.comparisons[1].b
     qa, summaries = halueval.run(context, halueval.prepare(argparse.Namespace(**files)))
-    assert (qa.name, qa.items, len(qa.comparisons)) == ("HaluEval qa", 2, 3) and (summaries.name, len(summaries.comparisons)) == ("HaluEval summarization", 2)
+    assert (qa.name, qa.items, len(qa.comparisons)) == ("HaluEval qa", 2, 3) and (summaries.name, len(summaries.comparisons)) == (
+        "HaluEval summarization",
+        2,
+    )
     assert qa.comparisons[0].a[0] == qa.comparisons[0].a[1] and qa.comparisons[0].a[0] in (0.0, 1.0)
     assert truthfulqa.prepare(argparse.Namespace(truthfulqa=None)) is None
     assert halueval.prepare(argparse.Namespace(**dict.fromkeys(files))) is None

@@ -55,7 +55,9 @@ def check(tmp_path, structured: bool, *texts: str) -> list[Checked]:
         client = Teacher(section(server.url), quorum=0.5, seed=1, run_dir=tmp_path)
         try:
             client.wait_ready()
-            return check_texts(client, JudgeSection(kind="factuality"), ["Ada"] * len(texts), [sentences(text) for text in texts], [passages(ADA)] * len(texts), 60)
+            return check_texts(
+                client, JudgeSection(kind="factuality"), ["Ada"] * len(texts), [sentences(text) for text in texts], [passages(ADA)] * len(texts), 60
+            )
         finally:
             client.close()
 
@@ -63,26 +65,35 @@ def check(tmp_path, structured: bool, *texts: str) -> list[Checked]:
 @pytest.mark.parametrize("structured", [True, False])
 def test_facts_are_split_and_checked(tmp_path, structured):
     several, silent, garbled, unsure, empty = check(
-        tmp_path, structured, "Ada wrote programs and Ada flew. Ada liked games. Ada liked games.", "Hm, nothing here.", "GARBLED words. Ada flew.",
-        "UNSURE it is. Ada wrote programs.", "")
+        tmp_path,
+        structured,
+        "Ada wrote programs and Ada flew. Ada liked games. Ada liked games.",
+        "Hm, nothing here.",
+        "GARBLED words. Ada flew.",
+        "UNSURE it is. Ada wrote programs.",
+        "",
+    )
     assert several == Checked(("Ada wrote programs.", "Ada flew.", "Ada liked games."), (True, False, True), 6, 0)  # said twice, counted once
     assert silent == Checked((), (), 1, 0) and empty == Checked((), (), 0, 0)
     assert garbled == Checked(("Ada flew.",), (False,), 3, 1)
     assert unsure == Checked(("UNSURE it is.", "Ada wrote programs."), (None, True), 4, 1)
 
 
-@pytest.mark.parametrize("checked, gamma, expected", [
-    (Checked(("a", "b"), (True, False), 4, 0), 10, (1.0, 0.5, 0.5 * math.exp(1 - 5), 2.0)),
-    (Checked(("a", "b"), (True, False), 4, 0), 0, (1.0, 0.5, 0.5, 2.0)),
-    (Checked(("x",) * 10, (True,) * 10, 12, 0), 10, (1.0, 1.0, 1.0, 10.0)),
-    (Checked(("x",) * 20, (True,) * 5 + (False,) * 15, 22, 0), 10, (1.0, 0.25, 0.25, 20.0)),
-    (Checked((), (), 2, 0), 10, (0.0, None, None, None)),  # answered: it states no fact
-    (Checked((), (), 0, 0), 10, (0.0, None, None, None)),  # wrote nothing
-    (Checked((), (), 2, 1), 10, (None, None, None, None)),  # perhaps the unread sentence states one
-    (Checked(("a", "b"), (True, None), 3, 1), 0, (1.0, 1.0, 1.0, 2.0)),
-    (Checked(("a", "b", "c"), (True, None, None), 4, 2), 10, (1.0, 1.0, math.exp(1 - 10 / 3), 3.0)),
-    (Checked(("a", "b", "c"), (True, None, None), 5, 3), 10, (None, None, None, None)),  # below the quorum
-])
+@pytest.mark.parametrize(
+    "checked, gamma, expected",
+    [
+        (Checked(("a", "b"), (True, False), 4, 0), 10, (1.0, 0.5, 0.5 * math.exp(1 - 5), 2.0)),
+        (Checked(("a", "b"), (True, False), 4, 0), 0, (1.0, 0.5, 0.5, 2.0)),
+        (Checked(("x",) * 10, (True,) * 10, 12, 0), 10, (1.0, 1.0, 1.0, 10.0)),
+        (Checked(("x",) * 20, (True,) * 5 + (False,) * 15, 22, 0), 10, (1.0, 0.25, 0.25, 20.0)),
+        (Checked((), (), 2, 0), 10, (0.0, None, None, None)),  # answered: it states no fact
+        (Checked((), (), 0, 0), 10, (0.0, None, None, None)),  # wrote nothing
+        (Checked((), (), 2, 1), 10, (None, None, None, None)),  # perhaps the unread sentence states one
+        (Checked(("a", "b"), (True, None), 3, 1), 0, (1.0, 1.0, 1.0, 2.0)),
+        (Checked(("a", "b", "c"), (True, None, None), 4, 2), 10, (1.0, 1.0, math.exp(1 - 10 / 3), 3.0)),
+        (Checked(("a", "b", "c"), (True, None, None), 5, 3), 10, (None, None, None, None)),  # below the quorum
+    ],
+)
 def test_score_of_a_biography(checked, gamma, expected):
     score = factscore.score_of(checked, gamma, 0.5)
     assert (score.responded, score.bare, score.score, score.facts) == pytest.approx(expected)
@@ -91,8 +102,9 @@ def test_score_of_a_biography(checked, gamma, expected):
 def test_a_models_score_is_over_its_responses_and_a_comparison_over_both():
     topics = [factscore.Topic(name, ("source",)) for name in "xyz"]
     good, bad, none, lost = (Checked(("a",), (True,), 2, 0), Checked(("a",), (False,), 2, 0), Checked((), (), 1, 0), Checked((), (), 1, 1))
-    found = factscore.section_of(factscore.Task(topics, "{topic}", 32, 0, 60), [["t"] * 3] * 2, [[good, bad, none], [good, none, lost]], quorum=0.5, seed=1,
-                                 trained_on=False)
+    found = factscore.section_of(
+        factscore.Task(topics, "{topic}", 32, 0, 60), [["t"] * 3] * 2, [[good, bad, none], [good, none, lost]], quorum=0.5, seed=1, trained_on=False
+    )
     assert found.details["a"] == {"score": 0.5, "bare": 0.5, "facts": 1.0, "response_rate": 2 / 3, "no_answers": 0}
     assert found.details["b"] == {"score": 1.0, "bare": 1.0, "facts": 1.0, "response_rate": 1 / 2, "no_answers": 1}
     assert found.comparisons[0].a == (1.0, 0.0, None) and (found.comparisons[0].no_answers, found.comparisons[0].mean_a) == (2, 1.0)
@@ -116,10 +128,16 @@ def test_topics_by_text_list_or_path(tmp_path):
     assert ada == factscore.Topic("Ada", (ADA,)) and bob.passages == ("Bob sings. Bob walks.",)
 
 
-@pytest.mark.parametrize("line, says", [
-    ('{"topic": "Bob"}', "line 2 needs either 'text' or 'path'"), ('{"topic": "Ada", "text": "x"}', "line 2: 'Ada' is there twice"),
-    ('{"topic": "Bob", "text": 3}', "line 2: the source of 'Bob' is no text"), ('{"name": "Bob"}', "line 2 has no key 'topic'"),
-    ('{"topic": "Bob", "path": "bob.txt"}', "bob.txt cannot be read.*line 2 names it as the source of 'Bob'")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"topic": "Bob"}', "line 2 needs either 'text' or 'path'"),
+        ('{"topic": "Ada", "text": "x"}', "line 2: 'Ada' is there twice"),
+        ('{"topic": "Bob", "text": 3}', "line 2: the source of 'Bob' is no text"),
+        ('{"name": "Bob"}', "line 2 has no key 'topic'"),
+        ('{"topic": "Bob", "path": "bob.txt"}', "bob.txt cannot be read.*line 2 names it as the source of 'Bob'"),
+    ],
+)
 def test_topics_of_another_form_are_named(tmp_path, line, says):
     (tmp_path / "topics.jsonl").write_text('{"topic": "Ada", "text": "Ada sings."}\n' + line)
     with pytest.raises(EvaluationError, match=says):
@@ -128,13 +146,17 @@ def test_topics_of_another_form_are_named(tmp_path, line, says):
 
 def test_the_suite_with_real_models(tmp_path, make_context):
     (tmp_path / "topics.jsonl").write_text(json.dumps({"topic": "Ada", "text": ADA}))
-    flags = dict(factscore=tmp_path / "topics.jsonl", factscore_prompt="About {topic}:\\n", factscore_max_tokens=24, factscore_gamma=10.0, judge_timeout=60.0)
+    flags = dict(
+        factscore=tmp_path / "topics.jsonl", factscore_prompt="About {topic}:\\n", factscore_max_tokens=24, factscore_gamma=10.0, judge_timeout=60.0
+    )
     with pytest.raises(EvaluationError, match="--factscore needs a model that checks facts"):
         factscore.prepare(argparse.Namespace(**flags, evaluator=["{kind: quality, model: x}"]))
     task = factscore.prepare(argparse.Namespace(**flags, evaluator=["{kind: factuality, model: x}"]))
     assert task.prompt == "About {topic}:\n"
     with serve(evaluator_that(True)) as server:
-        evaluators = Evaluators([Evaluator("checker", section(server.url))], seed=1, quorum=0.5, device="cpu", timeout=60, scratch=tmp_path, say=lambda text: None)
+        evaluators = Evaluators(
+            [Evaluator("checker", section(server.url))], seed=1, quorum=0.5, device="cpu", timeout=60, scratch=tmp_path, say=lambda text: None
+        )
         try:
             (found,) = factscore.run(make_context(evaluators=evaluators), task)
         finally:
