@@ -45,7 +45,7 @@ def _normal(name: str) -> str:
 def imported(*folders: str) -> dict[str, Path]:
     """Distributions whose modules are imported anywhere in the folders, with one file that does."""
     providers, found = metadata.packages_distributions(), {}
-    own = {"megatron_sip", *(path.stem for path in (REPOSITORY / "tests").rglob("*.py"))}
+    own = {"megatron_sip", *(path.stem for folder in ("tests", "examples") for path in (REPOSITORY / folder).rglob("*.py"))}
     for path in (file for folder in folders for file in (REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -27,6 +27,7 @@ from megatron_sip.evaluation.suites import suites  # noqa: E402
 
 def main() -> int:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that servers and temporary folders go
     from megatron_sip.evaluation.report import format_report, write_json
     from megatron_sip.evaluation.session import run
 

@@ -38,8 +38,8 @@ ARMS = {"ntp": "ntp.yaml", "rfnll": "rfnll.yaml", "blend": "blend.yaml", "blend_
 # How held-out prefixes are continued and compared: name -> flags of tools/evaluate.py, and for which arms. A language model that trained nothing
 # takes a second or so a continuation, so it sees fewer of them.
 EVALUATIONS = {
-    "greedy": (["--pairs", "300"], list(ARMS)),
-    "sampled": (["--pairs", "300", "--temperature", "1"], list(ARMS)),
+    "greedy": (["--pairs", "150"], list(ARMS)),
+    "sampled": (["--pairs", "150", "--temperature", "1"], ["blend", "rfnll"]),
     "likelihood": (["--pairs", "64"], ["blend", "rfnll"]),
 }
 STAGES = ("text", "base", "judge", "runs", "evaluation", "results")

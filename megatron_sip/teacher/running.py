@@ -6,6 +6,7 @@ In: a ``teacher`` section, and where its model is served, if anywhere. Out: a cl
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from megatron_sip.config import TeacherSection
 from megatron_sip.servers import LocalServers
 from megatron_sip.teacher.client import Teacher
+
+
+_CONTEXT = 2048  # tokens of a question and its answer, where the model can read as many
 
 
 @contextlib.contextmanager
@@ -30,7 +34,7 @@ def running_teacher(section: TeacherSection, *, url: str | None, seed: int) -> I
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         urls, key = [url], None
         if not url:
-            servers = LocalServers(section.model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", "2048"])
+            servers = LocalServers(section.model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", str(_context(section.model))])
             stack.callback(servers.close)
             servers.start()
             servers.wait_ready()
@@ -40,3 +44,12 @@ def running_teacher(section: TeacherSection, *, url: str | None, seed: int) -> I
         teacher.wait_ready()
         teacher.metrics()
         yield teacher
+
+
+def _context(model: str | None) -> int:
+    """Tokens that a server of ours reads at most: no more than the model claims to (vLLM refuses more)."""
+    try:
+        claimed = json.loads((Path(str(model)) / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return _CONTEXT  # the server says what is wrong with the folder
+    return min(_CONTEXT, int(claimed))
