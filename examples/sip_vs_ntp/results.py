@@ -3,7 +3,7 @@
 
     python examples/sip_vs_ntp/results.py --work DIR
 
-In: DIR/evaluation/ARM_seedN_HOW.json of tools/evaluate.py and DIR/ARM_seedN/metrics.jsonl. Out: DIR/results.md, also printed.
+In: DIR/evaluation/ARM_seedN_HOW.json of tools/evaluate.py and DIR/ARM_seedN/metrics.jsonl. Out: DIR/results.md, also printed, and DIR/results.png.
 
 Outcomes of all seeds are pooled. Their 95% interval is a bootstrap over prefixes: a prefix that several seeds drew counts as one cluster, since its
 outcomes are alike. It says how sure the mean over these seeds is, not how much seeds differ; for that each seed's own win rate stands beside it.
@@ -21,10 +21,10 @@ from statistics import median
 
 import numpy as np
 
-_NAME = re.compile(r"(.+)_seed(\d+)_(greedy|sampled|likelihood)")
+_NAME = re.compile(r"(.+)_seed(\d+)_(greedy|sampled|likelihood|same_time)")
 _RESAMPLES = 10_000
 ARMS = ("blend", "rfnll", "ntp_compute", "blend_untrained")
-HOW = {"greedy": "greedy", "sampled": "sampled at temperature 1", "likelihood": "greedy, by another language model"}
+HOW = {"greedy": "greedy", "sampled": "sampled at temperature 1", "likelihood": "greedy, by another language model", "same_time": "the same, against ntp_compute"}
 STATISTICS = ("repetition", "distinct 2", "prefix overlap")
 
 
@@ -36,6 +36,7 @@ def main() -> int:
         reports = read(work / "evaluation")
         text = "\n".join([*win_rates(reports), "", *statistics(reports), "", *costs(work)]) + "\n"
         write(work / "results.md", text)
+        draw(reports, work / "results.png")
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -68,6 +69,41 @@ def win_rates(reports: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
     return lines
 
 
+def draw(reports: dict[tuple[str, str], dict[int, dict]], path: Path) -> None:
+    """Pooled win rates with their intervals, an arm a colour; seeds as small marks. Loss, which is no preference, is left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for (arm, how), seeds in reports.items():
+        for section, measure in measures(seeds, how):
+            if not measure.startswith("loss"):
+                rows.setdefault((how, section, measure), []).append(arm)
+    order = sorted(rows, key=lambda row: (list(HOW).index(row[0]), row[2], row[1]))
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(order)), layout="constrained")
+    for line, row in enumerate(order):
+        how, section, measure = row
+        arms = [arm for arm in ARMS if arm in rows[row]]
+        for place, arm in enumerate(arms):
+            outcomes = {seed: outcomes_of(report, section, measure) for seed, report in reports[arm, how].items()}
+            rate, low, high = pooled(outcomes)
+            y, colour = -line - 0.16 * (place - (len(arms) - 1) / 2), f"C{ARMS.index(arm)}"
+            axes.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2)
+            axes.plot(100 * rate, y, "o", color=colour, markersize=5, markerfacecolor=colour if low > 0.5 or high < 0.5 else "white")
+            axes.plot([100 * np.mean([value for _, value in values]) for values in outcomes.values()], [y] * len(outcomes), "|", color=colour, alpha=0.6, markersize=5)
+    axes.axvline(50, color="grey", linewidth=0.8)
+    axes.set_yticks([-line for line in range(len(order))], [f"{section}: {measure}\n{'greedy' if how == 'likelihood' else 'greedy, against ntp_compute' if how == 'same_time' else HOW[how]}" for how, section, measure in order], fontsize=8)
+    axes.set_xlabel("wins against the next-token twin, % (95% interval; filled: it leaves out 50; strokes: seeds)")
+    axes.legend(handles=[plt.Line2D([], [], color=f"C{i}", marker="o", label=arm) for i, arm in enumerate(ARMS)], loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    aside = path.with_name(path.name + ".tmp")
+    figure.savefig(aside, format="png", dpi=110)
+    plt.close(figure)
+    os.replace(aside, path)
+
+
 def measures(seeds: dict[int, dict], how: str) -> list[tuple[str, str]]:
     """(section, comparison) of sections with prefixes, in their order; the evaluator's alone where one was asked."""
     if not seeds:
@@ -75,7 +111,7 @@ def measures(seeds: dict[int, dict], how: str) -> list[tuple[str, str]]:
     report = next(iter(seeds.values()))
     known = ("similarity", "loss", "toxicity")
     return [(section["name"], comparison["name"]) for section in report["sections"] if section["samples"] for comparison in section["comparisons"]
-            if (how == "likelihood") != comparison["name"].startswith(known)]
+            if (how in ("likelihood", "same_time")) != comparison["name"].startswith(known)]
 
 
 def outcomes_of(report: dict, section: str, measure: str) -> list[tuple[str, float]]:

@@ -41,6 +41,7 @@ EVALUATIONS = {
     "greedy": (["--pairs", "150"], list(ARMS)),
     "sampled": (["--pairs", "150", "--temperature", "1"], ["blend", "rfnll"]),
     "likelihood": (["--pairs", "64"], ["blend", "rfnll"]),
+    "same_time": (["--pairs", "64"], ["blend"]),  # the same, against ntp_compute
 }
 STAGES = ("text", "base", "judge", "runs", "evaluation", "results")
 DATASETS = ("base", "base_unsafe", "policy", "policy_unsafe", "held_out", "held_out_unsafe")
@@ -123,18 +124,19 @@ class Experiment:
                 self.export(run)
 
     def evaluation(self) -> None:
-        """Arms against ``ntp`` of their seed; the judges of the runs are refused as evaluators by the tool itself."""
+        """Arms against ``ntp`` (or ``ntp_compute``) of their seed; the judges of the runs are refused as evaluators by the tool itself."""
         text = self.work / "text"
         asked = ["--evaluator", f"{{kind: likelihood, name: another language model, model: {quoted(self.options.evaluator)}}}"]
         for how, (flags, arms) in EVALUATIONS.items():
-            evaluator = asked if how == "likelihood" else ["--no-judge"]
+            evaluator = asked if how in ("likelihood", "same_time") else ["--no-judge"]
+            other = "ntp_compute" if how == "same_time" else "ntp"
             for seed in self.options.seeds:
                 for arm in self.options.arms:
                     report, run = self.work / "evaluation" / f"{arm}_seed{seed}_{how}.json", self.run_of(arm, seed)
-                    if arm == "ntp" or arm not in arms or report.exists() or not (run / "hf").exists():
+                    if arm == "ntp" or arm not in arms or report.exists() or not all((one / "hf").exists() for one in (run, self.run_of(other, seed))):
                         continue
                     self.python(
-                        ROOT / "tools" / "evaluate.py", run, "--against", self.run_of("ntp", seed), "--config", HERE / "ntp.yaml",
+                        ROOT / "tools" / "evaluate.py", run, "--against", self.run_of(other, seed), "--config", HERE / "ntp.yaml",
                         f"data.tokenizer_model={quoted(self.tokenizer)}", f"data.blend=[[1.0, {quoted(text / 'held_out_text_document')}]]",
                         "data.split=5,95", f"run.seed={seed}", *flags, *evaluator, "--show", "0", "--output", report,
                         "--unsafe-data", text / "held_out_unsafe_text_document")
@@ -142,7 +144,7 @@ class Experiment:
     def results(self) -> None:
         self.python(HERE / "results.py", "--work", self.work)
         runs = [self.run_of(arm, seed) for arm in self.options.arms for seed in self.options.seeds if (self.run_of(arm, seed) / "hf").exists()]
-        reports = sorted((self.work / "evaluation").glob("*.json"))
+        reports = sorted((self.work / "evaluation").glob("*_likelihood.json"))  # all of them make a plot of a hundred lines; results.png pools them
         self.python(ROOT / "tools" / "compare_runs.py", *runs, "--group", "name", "--output", self.work / "comparison", "--title",
                     "Self-improving pretraining against next-token prediction, two CPU cores", *(["--evaluations", *reports] if reports else []))
 
