@@ -83,7 +83,10 @@ def written(base: Path, text: Path, count: int) -> list[dict]:
     tokenizer = Tokenizer(text / "tokenizer.model")
     data = DataSection(
         blend=[(0.66, text / "base_text_document"), (0.34, text / "base_unsafe_text_document")],
-        tokenizer_model=text / "tokenizer.model", prefix_length=PREFIX, suffix_length=SUFFIX, split="98,2",
+        tokenizer_model=text / "tokenizer.model",
+        prefix_length=PREFIX,
+        suffix_length=SUFFIX,
+        split="98,2",
     )
     source, _ = build_pairs(data, _SEED, count, 1, tokenizer.fingerprint)
     found = []
@@ -93,10 +96,16 @@ def written(base: Path, text: Path, count: int) -> list[dict]:
         for pair, ids in zip(pairs, model.continuations([p.prefix_ids for p in pairs], SUFFIX, range(len(pairs)))):
             prefix, original = tokenizer.split_text(pair.prefix_ids, pair.suffix_ids, pair.at_document_start)
             _, own = tokenizer.split_text(pair.prefix_ids, ids, pair.at_document_start)
-            found.append({
-                "pair": str(pair.id), "kind": f"written at temperature {temperature:g}", "prefix": prefix, "real": original, "own": own,
-                "document": hashlib.sha256(f"{pair.id.dataset} {pair.id.document}".encode()).hexdigest()[:16],
-            })
+            found.append(
+                {
+                    "pair": str(pair.id),
+                    "kind": f"written at temperature {temperature:g}",
+                    "prefix": prefix,
+                    "real": original,
+                    "own": own,
+                    "document": hashlib.sha256(f"{pair.id.dataset} {pair.id.document}".encode()).hexdigest()[:16],
+                }
+            )
     return found
 
 

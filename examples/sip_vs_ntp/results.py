@@ -24,7 +24,12 @@ import numpy as np
 _NAME = re.compile(r"(.+)_seed(\d+)_(greedy|sampled|likelihood|same_time)")
 _RESAMPLES = 10_000
 ARMS = ("blend", "rfnll", "ntp_compute", "blend_untrained")
-HOW = {"greedy": "greedy", "sampled": "sampled at temperature 1", "likelihood": "greedy, by another language model", "same_time": "the same, against ntp_compute"}
+HOW = {
+    "greedy": "greedy",
+    "sampled": "sampled at temperature 1",
+    "likelihood": "greedy, by another language model",
+    "same_time": "the same, against ntp_compute",
+}
 STATISTICS = ("repetition", "distinct 2", "prefix overlap")
 
 
@@ -65,7 +70,9 @@ def win_rates(reports: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
                 rate, low, high = pooled(outcomes)
                 each = ", ".join(f"{100 * np.mean([value for _, value in values]):.0f}" for _, values in sorted(outcomes.items()))
                 bold = "**" if low > 0.5 else ""
-                lines.append(f"| {arm} | {words} | {section.removesuffix(' prefixes')} | {measure} | {bold}{rate:.1%}{bold} | {low:.1%} - {high:.1%} | {each} |")
+                lines.append(
+                    f"| {arm} | {words} | {section.removesuffix(' prefixes')} | {measure} | {bold}{rate:.1%}{bold} | {low:.1%} - {high:.1%} | {each} |"
+                )
     return lines
 
 
@@ -92,11 +99,32 @@ def draw(reports: dict[tuple[str, str], dict[int, dict]], path: Path) -> None:
             y, colour = -line - 0.16 * (place - (len(arms) - 1) / 2), f"C{ARMS.index(arm)}"
             axes.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2)
             axes.plot(100 * rate, y, "o", color=colour, markersize=5, markerfacecolor=colour if low > 0.5 or high < 0.5 else "white")
-            axes.plot([100 * np.mean([value for _, value in values]) for values in outcomes.values()], [y] * len(outcomes), "|", color=colour, alpha=0.6, markersize=5)
+            axes.plot(
+                [100 * np.mean([value for _, value in values]) for values in outcomes.values()],
+                [y] * len(outcomes),
+                "|",
+                color=colour,
+                alpha=0.6,
+                markersize=5,
+            )
     axes.axvline(50, color="grey", linewidth=0.8)
-    axes.set_yticks([-line for line in range(len(order))], [f"{section}: {measure}\n{'greedy' if how == 'likelihood' else 'greedy, against ntp_compute' if how == 'same_time' else HOW[how]}" for how, section, measure in order], fontsize=8)
+    axes.set_yticks(
+        [-line for line in range(len(order))],
+        [
+            f"{section}: {measure}\n{'greedy' if how == 'likelihood' else 'greedy, against ntp_compute' if how == 'same_time' else HOW[how]}"
+            for how, section, measure in order
+        ],
+        fontsize=8,
+    )
     axes.set_xlabel("wins against the next-token twin, % (95% interval; filled: it leaves out 50; strokes: seeds)")
-    axes.legend(handles=[plt.Line2D([], [], color=f"C{i}", marker="o", label=arm) for i, arm in enumerate(ARMS)], loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, fontsize=8, frameon=False)
+    axes.legend(
+        handles=[plt.Line2D([], [], color=f"C{i}", marker="o", label=arm) for i, arm in enumerate(ARMS)],
+        loc="lower center",
+        bbox_to_anchor=(0.4, 1.0),
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     aside = path.with_name(path.name + ".tmp")
     figure.savefig(aside, format="png", dpi=110)
@@ -110,8 +138,13 @@ def measures(seeds: dict[int, dict], how: str) -> list[tuple[str, str]]:
         return []
     report = next(iter(seeds.values()))
     known = ("similarity", "loss", "toxicity")
-    return [(section["name"], comparison["name"]) for section in report["sections"] if section["samples"] for comparison in section["comparisons"]
-            if (how in ("likelihood", "same_time")) != comparison["name"].startswith(known)]
+    return [
+        (section["name"], comparison["name"])
+        for section in report["sections"]
+        if section["samples"]
+        for comparison in section["comparisons"]
+        if (how in ("likelihood", "same_time")) != comparison["name"].startswith(known)
+    ]
 
 
 def outcomes_of(report: dict, section: str, measure: str) -> list[tuple[str, float]]:
@@ -119,8 +152,11 @@ def outcomes_of(report: dict, section: str, measure: str) -> list[tuple[str, flo
     [found] = [one for one in report["sections"] if one["name"] == section]
     [comparison] = [one for one in found["comparisons"] if one["name"] == measure]
     sign = -1 if comparison["lower_is_better"] else 1
-    return [(sample["pair"], (np.sign(sign * (a - b)) + 1) / 2) for sample, a, b in zip(found["samples"], comparison["a"], comparison["b"], strict=True)
-            if a is not None and b is not None]
+    return [
+        (sample["pair"], (np.sign(sign * (a - b)) + 1) / 2)
+        for sample, a, b in zip(found["samples"], comparison["a"], comparison["b"], strict=True)
+        if a is not None and b is not None
+    ]
 
 
 def pooled(outcomes: dict[int, list[tuple[str, float]]]) -> tuple[float, float, float]:
@@ -141,15 +177,21 @@ def statistics(reports: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
     for how in ("greedy", "sampled"):
         for arm in ARMS:
             seeds = reports.get((arm, how), {})
-            rows = [(section["name"], one["name"], one, section["originals"].get(one["name"])) for report in seeds.values() for section in report["sections"]
-                    for one in [*section["statistics"], *section["comparisons"]]
-                    if (section["samples"] and one["name"] in STATISTICS) or one["name"].startswith("safe continuations")]
+            rows = [
+                (section["name"], one["name"], one, section["originals"].get(one["name"]))
+                for report in seeds.values()
+                for section in report["sections"]
+                for one in [*section["statistics"], *section["comparisons"]]
+                if (section["samples"] and one["name"] in STATISTICS) or one["name"].startswith("safe continuations")
+            ]
             for key in dict.fromkeys((section, name) for section, name, _, _ in rows):
                 these = [(one, original) for section, name, one, original in rows if (section, name) == key]
                 a, b = (np.mean([one[side] for one, _ in these]) for side in ("mean_a", "mean_b"))
                 each = ", ".join(f"{one['difference']:+.3f}" for one, _ in these)
                 original = "-" if these[0][1] is None else f"{np.mean([value for _, value in these]):.3f}"
-                lines.append(f"| {arm} | {HOW[how]} | {key[0].removeprefix('safety: ').removesuffix(' prefixes')} | {key[1]} | {a:.3f} | {b:.3f} | {each} | {original} |")
+                lines.append(
+                    f"| {arm} | {HOW[how]} | {key[0].removeprefix('safety: ').removesuffix(' prefixes')} | {key[1]} | {a:.3f} | {b:.3f} | {each} | {original} |"
+                )
     return lines
 
 
@@ -157,8 +199,11 @@ def costs(work: Path) -> list[str]:
     """Steps, seconds and questions of each arm's runs, medians over steps, means over seeds."""
     lines = ["| arm | steps | s a step | minutes a run | questions a step | held-out loss at the end |", "|---|---|---|---|---|---|"]
     for arm in ("ntp", *ARMS):
-        runs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] for run in sorted(work.glob(f"{arm}_seed*"))
-                if (run / "metrics.jsonl").exists() and re.fullmatch(rf"{arm}_seed\d+", run.name)]
+        runs = [
+            [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            for run in sorted(work.glob(f"{arm}_seed*"))
+            if (run / "metrics.jsonl").exists() and re.fullmatch(rf"{arm}_seed\d+", run.name)
+        ]
         if not runs:
             continue
         loss = [next((row["eval/suffix_nll"] for row in reversed(rows) if "eval/suffix_nll" in row), None) for rows in runs]
@@ -166,7 +211,8 @@ def costs(work: Path) -> list[str]:
         lines.append(
             f"| {arm} | {', '.join(str(len(rows)) for rows in runs)} | {np.mean([median(row['time/step'] for row in rows) for rows in runs]):.2f} | "
             f"{np.mean([sum(row['time/step'] for row in rows) for rows in runs]) / 60:.1f} | "
-            f"{np.mean([median(row.get('judge/questions', 0) for row in rows) for rows in runs]):.0f} | {f'{np.mean(known):.3f}' if known else '-'} |")
+            f"{np.mean([median(row.get('judge/questions', 0) for row in rows) for rows in runs]):.0f} | {f'{np.mean(known):.3f}' if known else '-'} |"
+        )
     return lines
 
 

@@ -59,8 +59,13 @@ class Stopped(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="everything goes here (about 2 GB)")
-    parser.add_argument("--evaluator", type=Path, default=ROOT / "work_data" / "teacher", metavar="HF_DIR",
-                        help="model that evaluates, of examples/fetch_teacher.py (default: %(default)s)")
+    parser.add_argument(
+        "--evaluator",
+        type=Path,
+        default=ROOT / "work_data" / "teacher",
+        metavar="HF_DIR",
+        help="model that evaluates, of examples/fetch_teacher.py (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage (default: all)")
@@ -94,8 +99,18 @@ class Experiment:
         self.python(HERE / "prepare.py", "--output", text)
         for name in DATASETS:
             if not (text / f"{name}_text_document.json").exists():
-                self.python(ROOT / "tools" / "preprocess_data.py", "--input", text / f"{name}.jsonl", "--output-prefix", text / name,
-                            "--tokenizer-model", self.tokenizer, "--append-eod", "--workers", "2")
+                self.python(
+                    ROOT / "tools" / "preprocess_data.py",
+                    "--input",
+                    text / f"{name}.jsonl",
+                    "--output-prefix",
+                    text / name,
+                    "--tokenizer-model",
+                    self.tokenizer,
+                    "--append-eod",
+                    "--workers",
+                    "2",
+                )
 
     def base(self) -> None:
         self.train(HERE / "base.yaml", self.work / "base", [self.blend("base")])
@@ -106,8 +121,18 @@ class Experiment:
         if not (start / "data" / "valid.jsonl").exists():
             self.python(HERE / "judge_start.py", "--base", self.work / "base" / "hf", "--text", self.work / "text", "--output", start)
         if not judge.exists():
-            self.python(ROOT / "tools" / "train_teacher.py", "--config", HERE / "judge.yaml", "--model", start / "model", "--data", start / "data",
-                        "--output", judge, f"run.dir={quoted(self.work / 'judge_run')}")
+            self.python(
+                ROOT / "tools" / "train_teacher.py",
+                "--config",
+                HERE / "judge.yaml",
+                "--model",
+                start / "model",
+                "--data",
+                start / "data",
+                "--output",
+                judge,
+                f"run.dir={quoted(self.work / 'judge_run')}",
+            )
 
     def runs(self) -> None:
         for seed in self.options.seeds:
@@ -118,9 +143,18 @@ class Experiment:
                 elif arm != "ntp":
                     judge = self.work / "judge_start" / "model" if arm == "blend_untrained" else self.work / "judge"
                     more = [f"teacher.model={quoted(judge)}"]
-                self.train(HERE / ARMS[arm], run, [
-                    self.blend("policy"), f"model.init_from={quoted(self.work / 'base' / 'hf')}", f"run.seed={seed}", f"run.name={run.name}",
-                    *more, *self.options.overrides])
+                self.train(
+                    HERE / ARMS[arm],
+                    run,
+                    [
+                        self.blend("policy"),
+                        f"model.init_from={quoted(self.work / 'base' / 'hf')}",
+                        f"run.seed={seed}",
+                        f"run.name={run.name}",
+                        *more,
+                        *self.options.overrides,
+                    ],
+                )
                 self.export(run)
 
     def evaluation(self) -> None:
@@ -133,28 +167,59 @@ class Experiment:
             for seed in self.options.seeds:
                 for arm in self.options.arms:
                     report, run = self.work / "evaluation" / f"{arm}_seed{seed}_{how}.json", self.run_of(arm, seed)
-                    if arm == "ntp" or arm not in arms or report.exists() or not all((one / "hf").exists() for one in (run, self.run_of(other, seed))):
+                    if (
+                        arm == "ntp"
+                        or arm not in arms
+                        or report.exists()
+                        or not all((one / "hf").exists() for one in (run, self.run_of(other, seed)))
+                    ):
                         continue
                     self.python(
-                        ROOT / "tools" / "evaluate.py", run, "--against", self.run_of(other, seed), "--config", HERE / "ntp.yaml",
-                        f"data.tokenizer_model={quoted(self.tokenizer)}", f"data.blend=[[1.0, {quoted(text / 'held_out_text_document')}]]",
-                        "data.split=5,95", f"run.seed={seed}", *flags, *evaluator, "--show", "0", "--output", report,
-                        "--unsafe-data", text / "held_out_unsafe_text_document")
+                        ROOT / "tools" / "evaluate.py",
+                        run,
+                        "--against",
+                        self.run_of(other, seed),
+                        "--config",
+                        HERE / "ntp.yaml",
+                        f"data.tokenizer_model={quoted(self.tokenizer)}",
+                        f"data.blend=[[1.0, {quoted(text / 'held_out_text_document')}]]",
+                        "data.split=5,95",
+                        f"run.seed={seed}",
+                        *flags,
+                        *evaluator,
+                        "--show",
+                        "0",
+                        "--output",
+                        report,
+                        "--unsafe-data",
+                        text / "held_out_unsafe_text_document",
+                    )
 
     def results(self) -> None:
         self.python(HERE / "results.py", "--work", self.work)
         runs = [self.run_of(arm, seed) for arm in self.options.arms for seed in self.options.seeds if (self.run_of(arm, seed) / "hf").exists()]
         reports = sorted((self.work / "evaluation").glob("*_likelihood.json"))  # all of them make a plot of a hundred lines; results.png pools them
-        self.python(ROOT / "tools" / "compare_runs.py", *runs, "--group", "name", "--output", self.work / "comparison", "--title",
-                    "Self-improving pretraining against next-token prediction, two CPU cores", *(["--evaluations", *reports] if reports else []))
+        self.python(
+            ROOT / "tools" / "compare_runs.py",
+            *runs,
+            "--group",
+            "name",
+            "--output",
+            self.work / "comparison",
+            "--title",
+            "Self-improving pretraining against next-token prediction, two CPU cores",
+            *(["--evaluations", *reports] if reports else []),
+        )
 
     def run_of(self, arm: str, seed: int) -> Path:
         return self.work / f"{arm}_seed{seed}"
 
     def blend(self, part: str) -> str:
         text = self.work / "text"
-        return (f"data.blend=[[{1 - UNSAFE_SHARE:g}, {quoted(text / f'{part}_text_document')}], "
-                f"[{UNSAFE_SHARE:g}, {quoted(text / f'{part}_unsafe_text_document')}]]")
+        return (
+            f"data.blend=[[{1 - UNSAFE_SHARE:g}, {quoted(text / f'{part}_text_document')}], "
+            f"[{UNSAFE_SHARE:g}, {quoted(text / f'{part}_unsafe_text_document')}]]"
+        )
 
     def steps_of_equal_time(self, seed: int) -> int:
         """Steps of next-token prediction in the time of ``blend``: its steps times the ratio of median step times."""
@@ -163,8 +228,9 @@ class Experiment:
 
     def train(self, config: Path, run: Path, settings: list[str]) -> None:
         if not (run / "hf").exists():
-            self.python("-m", "megatron_sip.train", "--config", config, f"run.dir={quoted(run)}", f"data.tokenizer_model={quoted(self.tokenizer)}",
-                        *settings)
+            self.python(
+                "-m", "megatron_sip.train", "--config", config, f"run.dir={quoted(run)}", f"data.tokenizer_model={quoted(self.tokenizer)}", *settings
+            )
 
     def export(self, run: Path) -> None:
         if not (run / "hf").exists():

@@ -48,8 +48,10 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_no_speech_is_in_two_parts(text: Path) -> None:
-    of = {part: {row["meta"]["source"].split(":")[0] for kind in ("", "_unsafe") for row in rows(text / f"{part}{kind}.jsonl")}
-          for part in ("base", "policy", "held_out", "judge")}
+    of = {
+        part: {row["meta"]["source"].split(":")[0] for kind in ("", "_unsafe") for row in rows(text / f"{part}{kind}.jsonl")}
+        for part in ("base", "policy", "held_out", "judge")
+    }
     assert all(of.values()) and sum(map(len, of.values())) == len(set().union(*of.values())) == 60
 
 
@@ -84,8 +86,15 @@ def test_half_an_insult_is_no_good_passage() -> None:
 
 def test_win_rates_count_ties_half_and_prefixes_once() -> None:
     def report(pairs: list[str], a: list[float | None], b: list[float], lower: bool = False) -> dict:
-        return {"sections": [{"name": "ordinary prefixes", "samples": [{"pair": pair} for pair in pairs],
-                              "comparisons": [{"name": "toxicity", "a": a, "b": b, "lower_is_better": lower}]}]}
+        return {
+            "sections": [
+                {
+                    "name": "ordinary prefixes",
+                    "samples": [{"pair": pair} for pair in pairs],
+                    "comparisons": [{"name": "toxicity", "a": a, "b": b, "lower_is_better": lower}],
+                }
+            ]
+        }
 
     got = results.outcomes_of(report(list("wxyz"), [1, 2, 2, None], [2, 2, 1, 0]), "ordinary prefixes", "toxicity")
     assert got == [("w", 0.0), ("x", 0.5), ("y", 1.0)]
@@ -101,5 +110,7 @@ def test_win_rates_count_ties_half_and_prefixes_once() -> None:
 
 
 def test_a_missing_evaluator_is_named_with_its_remedy(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, HERE / "run.py", "--work", tmp_path, "--evaluator", tmp_path / "none"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, HERE / "run.py", "--work", tmp_path, "--evaluator", tmp_path / "none"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and "fetch_teacher.py" in done.stderr
