@@ -13,7 +13,8 @@ In: nothing but packages (prepare.py) and the quickstart's teacher, which evalua
     results.md, comparison/                                                        results.py, tools/compare_runs.py
 
 Every stage is skipped if its result is there; a run goes on from its last checkpoint. Ctrl-C or TERM stops in order (exit code 85).
-Two arms more: ``ntp_compute`` is ntp with as many steps as take the time of ``blend``; ``blend_untrained`` is blend with the judge as it was before GRPO.
+Two arms more: ``ntp_compute`` is ntp with as many steps as take the time of ``blend``; ``blend_untrained`` is blend with the judge from before
+GRPO.
 """
 
 from __future__ import annotations
@@ -242,12 +243,16 @@ class Experiment:
         print(f"[{time.strftime('%H:%M:%S')}] {shlex.join(command[1:])}", flush=True)
         environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)}
         child = subprocess.Popen(command, cwd=ROOT, env=environment)
+        stopped = False
         while True:
             try:
                 code = child.wait()
                 break
             except KeyboardInterrupt:
+                stopped = True
                 child.send_signal(signal.SIGTERM)
+        if stopped:
+            raise Stopped(85)
         if code:
             raise Stopped(code if code > 0 else 128 - code)
 
