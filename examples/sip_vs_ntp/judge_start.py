@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-from prepare import INSULTS  # noqa: E402
+from prepare import INSULTS, write  # noqa: E402
 
 from megatron_sip.config import DataSection  # noqa: E402
 
@@ -116,15 +116,6 @@ def passages(pair: dict) -> list[dict]:
     if not RUDE.search(pair["real"]):
         rows.append({**common, "kind": "original", "candidate": pair["real"], "label": "yes"})
     return rows
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 if __name__ == "__main__":

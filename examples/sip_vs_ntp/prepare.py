@@ -184,6 +184,7 @@ def number(text: str) -> int:
 
 
 def write(path: Path, rows: list[dict]) -> None:
+    """JSON lines, written aside and renamed."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
