@@ -15,7 +15,6 @@ from megatron_sip.config import TeacherSection
 from megatron_sip.servers import LocalServers
 from megatron_sip.teacher.client import Teacher
 
-
 _CONTEXT = 2048  # tokens of a question and its answer, where the model can read as many
 
 
@@ -34,7 +33,8 @@ def running_teacher(section: TeacherSection, *, url: str | None, seed: int) -> I
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         urls, key = [url], None
         if not url:
-            servers = LocalServers(section.model, 1, log_dir=Path(scratch), name="teacher", extra_args=["--dtype", "float32", "--max-model-len", str(_context(section.model))])
+            flags = ["--dtype", "float32", "--max-model-len", str(_context(section.model))]
+            servers = LocalServers(section.model, 1, log_dir=Path(scratch), name="teacher", extra_args=flags)
             stack.callback(servers.close)
             servers.start()
             servers.wait_ready()
